@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one virtual interface of the data path: numeric operations on a device. Two implementations,
+// server/cpu and cuda/, with one file an operation of the same name on both sides.
+//
+// Contract
+//   * Parity: given equal inputs, integer and byte results are equal on all backends; float results
+//     agree within fp32 accumulation error. Accumulation is in fp32; inputs of any DType are
+//     decoded exactly (code * scale for quantised types) first.
+//   * Pointers in params are device pointers of this backend unless marked host.
+//   * Operations enqueue on the stream and may return before the work is done; results are valid
+//     after Stream::Synchronize(). Errors of earlier work on the stream may surface in later calls.
+//   * Sizes are validated by callers (64-bit, on the host) before an operation is called;
+//   "Requires"
+//     lines are preconditions, not checked input.
+//   * Scores are finite. Where a NaN slips in (overflowing logits) it orders as -infinity; -0
+//   equals 0.
+//   * A device fault is INTERNAL with reason DEVICE_FAULT; the backend is unusable afterwards and
+//     Healthy() returns it.
+// Thread safety: all methods may be called concurrently on different streams.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/pipeline/policy.h"
+#include "server/pipeline/types.h"
+
+namespace dynsplit {
+
+// Owner of backend memory. Move-only; frees on destruction (stream-ordered where allocated so).
+class Buffer {
+ public:
+  using Deleter = absl::AnyInvocable<void(std::byte*, int64_t) &&>;
+
+  Buffer() = default;
+  Buffer(std::byte* data, int64_t size_bytes, Deleter deleter)
+      : data_(data), size_bytes_(size_bytes), deleter_(std::move(deleter)) {}
+  Buffer(Buffer&& other) noexcept { *this = std::move(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    if (this != &other) {
+      Reset();
+      data_ = std::exchange(other.data_, nullptr);
+      size_bytes_ = std::exchange(other.size_bytes_, 0);
+      deleter_ = std::move(other.deleter_);
+      other.deleter_ = nullptr;
+    }
+    return *this;
+  }
+  ~Buffer() { Reset(); }
+
+  std::byte* data() const { return data_; }
+  int64_t size_bytes() const { return size_bytes_; }
+  bool empty() const { return size_bytes_ == 0; }
+  template <typename T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+  void Reset() {
+    if (data_ != nullptr && deleter_) std::move(deleter_)(data_, size_bytes_);
+    data_ = nullptr;
+    size_bytes_ = 0;
+    deleter_ = nullptr;
+  }
+
+ private:
+  std::byte* data_ = nullptr;
+  int64_t size_bytes_ = 0;
+  Deleter deleter_;
+};
+
+// Work queue of a backend: work given to one stream runs in order.
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  // Waits for all work enqueued so far; returns its first error.
+  virtual absl::Status Synchronize() = 0;
+};
+
+struct BackendInfo {
+  std::string name;    // "cpu" or "cuda"
+  std::string device;  // "NVIDIA H100 80GB HBM3", or the processor's vector target and threads
+  int64_t memory_bytes = 0;
+};
+
+// Attention of the last W queries over all keys (SnapKV's score).
+//   p[i,a,:]    = softmax over keys t <= T-W+i of scale * q[i,a].k[h(a),t]      h(a) = a / G
+//   s[h,t]      = mean over the group's heads of pool( mean over i of p[i,a,t] )   for t < T-W
+//   s[h,t]      = 0 for t >= T-W: window tokens are protected, not scored
+// pool runs over t in [0, T-W): average divides by the full kernel (zero padding), max pads with
+// -inf. Requires: 1 <= W < T; kernel odd.
+struct ScoreWindowParams {
+  TensorView queries;  // [W, Hq, D]: positions T-W .. T-1
+  TensorView keys;     // [T, Hkv, D]
+  const float* lse =
+      nullptr;  // [W, Hq] natural log-sum-exp of the scaled, causal logits; null = computed
+  float softmax_scale = 0;
+  int32_t pooling_kernel = 1;
+  ScoringPolicy::Pooling pooling = ScoringPolicy::Pooling::kAverage;
+  float* scores = nullptr;  // out [Hkv, T]
+};
+
+// Scores from keys alone.
+//   kKeyNorm        s[h,t] = -||k||
+//   kKeyDifference  s[h,t] = -cos(k, mean over t of k/||k||); a zero key has k/||k|| = 0 and s = 0
+struct ScoreKeysParams {
+  TensorView keys;  // [T, Hkv, D]
+  ScoringPolicy::Method method = ScoringPolicy::Method::kKeyNorm;
+  float* scores = nullptr;  // out [Hkv, T]
+};
+
+// out[r, :] (+)= reduce over the rows_in/rows_out consecutive input rows of r. Summation in row
+// order.
+struct ReduceRowsParams {
+  const float* in = nullptr;  // [rows_in, columns]
+  int32_t rows_in = 0;
+  int32_t rows_out = 0;  // divides rows_in
+  int64_t columns = 0;
+  bool mean = false;        // else sum
+  bool accumulate = false;  // add to out instead of overwriting it
+  float* out = nullptr;     // [rows_out, columns]
+};
+
+// Token scores -> block scores. Sums run in token order in fp32 so that results are equal on all
+// backends.
+struct ReduceBlocksParams {
+  const float* token_scores = nullptr;  // [rows, T]
+  int32_t rows = 0;
+  int64_t num_tokens = 0;
+  const int32_t* block_starts = nullptr;  // [B + 1]
+  int64_t num_blocks = 0;
+  ScoringPolicy::BlockReduction reduction = ScoringPolicy::BlockReduction::kMean;
+  float* block_scores = nullptr;  // out [rows, B]
+};
+
+// Fixed-size representation of unequal blocks (V2F step a): element-wise min and max, or mean, of
+// the block's keys. Min and max are exact in a float input's type; out_dtype float32 is required
+// for quantised input. Means are rounded to nearest even.
+struct SummarizeBlocksParams {
+  TensorView keys;                        // [T, Hkv, D]
+  const int32_t* block_starts = nullptr;  // [B + 1]
+  int64_t num_blocks = 0;
+  DType out_dtype = DType::kFloat32;  // the keys' dtype or float32
+  void* min = nullptr;                // out [B, Hkv, D]; null together with max = not wanted
+  void* max = nullptr;
+  void* mean = nullptr;  // out [B, Hkv, D]; null = not wanted
+};
+
+// Block scores from summaries (V2F step b).
+//   raw[i,a,j]  = sum_c max(q_c * max_jc, q_c * min_jc)   (upper bound of q.k over the block), or
+//   q.mean_j p[i,a,:]    = softmax over blocks of scale * raw, each weighted by its length s[h,j]
+//   = sum over the group's heads of mean over i of p[i,a,j] / length_j
+// (divided by the length again, so that a block ranks by what one of its tokens is worth).
+struct ScoreBlocksParams {
+  TensorView queries;                     // [W, Hq, D]
+  const int32_t* block_starts = nullptr;  // [B + 1]
+  int64_t num_blocks = 0;
+  int32_t num_kv_heads = 0;
+  DType dtype = DType::kFloat32;  // of the summaries
+  const void* min = nullptr;      // [B, Hkv, D]; bound variant
+  const void* max = nullptr;
+  const void* mean = nullptr;  // [B, Hkv, D]; mean variant (min and max null)
+  float softmax_scale = 0;
+  float* block_scores = nullptr;  // out [Hkv, B]
+};
+
+// Block ranks -> kept tokens (V2F step c).
+// Exact mode (num_whole_blocks == 0): keep all protected tokens, then the unprotected tokens of
+// blocks in order (score desc, block asc) until num_kept tokens; the last block gives its best
+// tokens by (token score desc, token asc), or its leading ones when token_scores is null.
+// Whole-block mode: blocks that hold a protected token first, then (score desc, block asc), until
+// num_whole_blocks blocks; all blocks with protected tokens are kept in any case.
+struct SelectTokensParams {
+  const float* block_scores = nullptr;  // [groups, B]
+  const float* token_scores = nullptr;  // [groups, T] or null
+  int32_t groups = 0;
+  int64_t num_tokens = 0;                     // T
+  const int32_t* block_starts = nullptr;      // [B + 1]
+  int64_t num_blocks = 0;                     // B
+  const uint8_t* protected_tokens = nullptr;  // [T], 1 = protected
+  int64_t num_kept = 0;                       // exact mode: protected tokens <= num_kept <= T
+  int64_t num_whole_blocks = 0;               // whole-block mode: 1..B
+  int32_t* kept =
+      nullptr;  // out, ascending per group; row stride num_kept (exact) or T (whole blocks)
+  int32_t* kept_counts = nullptr;  // out [groups]
+};
+
+// cos and sin of multiples of the RoPE frequencies, so that any angle up to the context length is
+// two complex products away: angle(delta) = coarse[delta / 256] * fine[delta % 256]. Both tables:
+// interleaved (cos, sin) float pairs, computed in double.
+struct RotationTable {
+  const float* coarse = nullptr;  // [ceil(T / 256) + 1, rotary_dim / 2, 2]
+  const float* fine = nullptr;    // [256, rotary_dim / 2, 2]
+  int32_t rotary_dim = 0;         // 0 = no rotation
+  bool interleaved = false;
+};
+
+// Kept rows -> uniform pages, encoded, optionally re-rotated.
+// Slot s of head h takes token kept[g(h), s], g(h) = h if groups == heads else 0. Slots >= num_kept
+// of the last page are zero bytes (scale 1). Rotation turns the key of original position p to
+// position s (by -(p - s)), in fp32 with separate multiply and add roundings, then rounds to the
+// output type. Encoding as the Encoding message says; an all-zero scale group has scale 1. As-is
+// copies bits, and gathers scales of quantised input.
+struct GatherPagesParams {
+  TensorView source;              // [T, Hkv, D]
+  const int32_t* kept = nullptr;  // [groups, num_kept]
+  int32_t groups = 1;
+  int64_t num_kept = 0;
+  int32_t page_size = 16;
+  EncodingPolicy::Format format = EncodingPolicy::Format::kAsIs;
+  ScaleGranularity scale_granularity = ScaleGranularity::kHead;
+  DType out_dtype = DType::kBFloat16;  // OutputDType(source.dtype, format, rotated)
+  RotationTable rotation;
+  void* pages = nullptr;    // out [num_pages, page_size, Hkv, D]
+  float* scales = nullptr;  // out [Hkv] or [num_pages, page_size, Hkv]; null for unquantised output
+};
+// kAsIs: source's type, but bfloat16 for rotated quantised input.
+DType OutputDType(DType source, EncodingPolicy::Format format, bool rotated);
+
+// What the consumer loses: attention of the queries over everything against over the kept pages.
+// Queries are positions T-W..T-1, causal. Mass uses the original keys:
+//   mass[a]     = mean over i of  sum_{t kept} p[i,a,t]
+//   err_sq[a]   = sum over i of ||o_kept[i,a] - o_full[i,a]||^2,   ref_sq[a] = sum over i of
+//   ||o_full[i,a]||^2
+// where o_kept is softmax attention over kept_keys / kept_values (decoded), with the query turned
+// by -query_shift positions when rotation.rotary_dim > 0. A query with no kept key <= its position
+// has o_kept = 0.
+struct MeasureAttentionParams {
+  TensorView queries;    // [W, Hq, D]
+  TensorView keys;       // [T, Hkv, D]
+  TensorView values;     // data null: only mass is computed
+  TensorView kept_keys;  // [num_kept, Hkv, D]; data null: only mass is computed
+  TensorView kept_values;
+  const int32_t* kept = nullptr;  // [groups, num_kept]
+  int32_t groups = 1;
+  int64_t num_kept = 0;
+  RotationTable rotation;
+  int64_t query_shift = 0;
+  float softmax_scale = 0;
+  float* mass = nullptr;    // out [Hq]
+  float* err_sq = nullptr;  // out [Hq]; null with values null
+  float* ref_sq = nullptr;  // out [Hq]
+};
+
+// Attention mass of query rows over three spans of keys (delimiter calibration, section 3.1):
+//   drop = [0, lo), overlap = [lo, hi), own = [hi, position]; mean over query heads; sums to 1.
+struct MeasureSpansParams {
+  TensorView queries;                  // [N, Hq, D]
+  const int32_t* positions = nullptr;  // [N]
+  const int32_t* lo = nullptr;         // [N], 0 <= lo <= hi <= position + 1
+  const int32_t* hi = nullptr;         // [N]
+  TensorView keys;                     // [T, Hkv, D]
+  float softmax_scale = 0;
+  float* masses = nullptr;  // out [N, 3]: drop, overlap, own
+};
+
+// First token with a NaN or infinity (after decoding), or num_tokens.
+struct CheckFiniteParams {
+  TensorView tensor;
+  int32_t* first_bad_token = nullptr;  // out [1]
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const BackendInfo& info() const = 0;
+  // OK, or the fault that made the device unusable.
+  virtual absl::Status Healthy() const = 0;
+
+  virtual absl::StatusOr<std::unique_ptr<Stream>> CreateStream() = 0;
+  // Device memory, 256-byte aligned. RESOURCE_EXHAUSTED when the pool's cap is reached.
+  virtual absl::StatusOr<Buffer> Allocate(int64_t size_bytes, Stream& stream) = 0;
+  // Host memory that the device copies from and to at full rate (pinned on CUDA), 64-byte aligned.
+  virtual absl::StatusOr<Buffer> AllocateHost(int64_t size_bytes) = 0;
+  // Device copy of host memory; on the CPU a non-owning alias. Valid while `host` lives and is
+  // unchanged.
+  virtual absl::StatusOr<Buffer> ToDevice(const Buffer& host, Stream& stream) = 0;
+  // Host copy of device memory (complete after Synchronize); on the CPU the same memory, moved.
+  virtual absl::StatusOr<Buffer> ToHost(Buffer device, Stream& stream) = 0;
+  // Bytes of device and pinned host memory in use by live buffers.
+  virtual int64_t device_bytes_in_use() const = 0;
+  virtual int64_t host_bytes_in_use() const = 0;
+
+  virtual absl::Status ScoreWindow(const ScoreWindowParams& params, Stream& stream) = 0;
+  virtual absl::Status ScoreKeys(const ScoreKeysParams& params, Stream& stream) = 0;
+  virtual absl::Status ReduceRows(const ReduceRowsParams& params, Stream& stream) = 0;
+  virtual absl::Status ReduceBlocks(const ReduceBlocksParams& params, Stream& stream) = 0;
+  virtual absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, Stream& stream) = 0;
+  virtual absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) = 0;
+  virtual absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) = 0;
+  virtual absl::Status GatherPages(const GatherPagesParams& params, Stream& stream) = 0;
+  virtual absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& stream) = 0;
+  virtual absl::Status MeasureSpans(const MeasureSpansParams& params, Stream& stream) = 0;
+  virtual absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) = 0;
+};
+
+}  // namespace dynsplit

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The pipeline, top to bottom: one sequence, layer by layer, on any backend.
+//
+//     PrepareSequence   token ids            -> SequenceContext (segmentation, protection, tables)
+//     ScoreLayer        K, queries, evidence -> LayerScores     (device)
+//     PlanLayer         scores               -> LayerDecision   (kept tokens, host and device)
+//     ApplyLayer        decision, K, V       -> LayerPages      (device)
+//     MeasureLayer      decision, pages      -> LayerReceipt
+//     CompressLayer     all of the above for scopes of one layer, with the quality floor's loop
+//
+// Deciding (ScoreLayer, PlanLayer) and moving (ApplyLayer) are apart: Plan stops after the first,
+// Apply starts at the second. With Scope::kGlobal, callers add up ScoreLayer results of all layers
+// with AccumulateScores, plan once, and apply to each layer.
+//
+// Functions synchronise the stream only where a host value is needed (kept tokens, receipts).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/pipeline/backend.h"
+#include "server/pipeline/budget.h"
+#include "server/pipeline/plan.h"
+#include "server/pipeline/policy.h"
+#include "server/pipeline/segmentation.h"
+#include "server/pipeline/types.h"
+
+namespace dynsplit {
+
+// What a request promises to supply for every layer.
+struct EvidenceSupply {
+  bool keys = true;
+  bool values = true;
+  int64_t num_window_queries = 0;  // 0 = none
+  bool lse = false;
+  int32_t accumulated_rows = 0;  // 0 = none, else num_query_heads or num_kv_heads
+};
+
+// The request after resolution. Immutable while layers flow.
+struct SequenceSpec {
+  SequenceShape shape;
+  std::optional<Rope> rope;
+  Policy policy;  // validated; preset and fallback already resolved
+  std::string fallback_preset;
+  EvidenceSupply supply;
+  DType key_dtype = DType::kBFloat16;
+  DType value_dtype = DType::kBFloat16;
+  ScaleGranularity input_scale_granularity = ScaleGranularity::kHead;
+  bool with_receipt = true;
+};
+
+// Checks that `supply` carries the evidence the policy needs; with allow_fallback replaces the
+// policy by its preset's fallback and says so. FAILED_PRECONDITION EVIDENCE_MISSING otherwise.
+absl::Status ResolveEvidence(SequenceSpec& spec);
+// Evidence that `spec` will use (after ResolveEvidence).
+Evidence UsedEvidence(const SequenceSpec& spec);
+
+// Per-sequence state, made once, then read-only (safe to share between layers in flight).
+struct SequenceContext {
+  SequenceSpec spec;
+  Segmentation segmentation;
+  std::vector<uint8_t> protected_tokens;  // [T]
+  int64_t num_protected = 0;
+  // Host sources and device copies of what operations read.
+  Buffer block_starts_host, block_starts;   // int32 [B + 1]
+  Buffer protected_host, protected_device;  // uint8 [T]
+  Buffer rotation_host, rotation_device;
+  RotationTable rotation;  // rotary_dim 0 unless positions are contiguous
+};
+// `token_ids` may be empty when the segmentation reads none (kNone, kFixed).
+absl::StatusOr<std::unique_ptr<SequenceContext>> PrepareSequence(SequenceSpec spec,
+                                                                 std::span<const int32_t> token_ids,
+                                                                 const DelimiterProfile* profile,
+                                                                 Backend& backend, Stream& stream);
+// The same with a segmentation made elsewhere (Apply).
+absl::StatusOr<std::unique_ptr<SequenceContext>> PrepareSequence(SequenceSpec spec,
+                                                                 Segmentation segmentation,
+                                                                 Backend& backend, Stream& stream);
+
+// One layer's tensors on the device. data == nullptr / null = not supplied.
+struct LayerTensors {
+  int32_t layer = 0;
+  TensorView keys;
+  TensorView values;
+  TensorView queries;                  // [W, Hq, D]
+  const float* lse = nullptr;          // [W, Hq], in the declared base
+  const float* accumulated = nullptr;  // [accumulated_rows, T]
+};
+
+// Refuses NaN and infinity in keys, values, queries: INVALID_ARGUMENT naming layer, tensor, token.
+absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream);
+
+struct LayerScores {
+  int32_t groups = 0;
+  Buffer token_scores;  // float [groups, T]; empty for block-scored methods
+  Buffer block_scores;  // float [groups, B]
+};
+absl::StatusOr<LayerScores> ScoreLayer(const SequenceContext& context, const LayerTensors& tensors,
+                                       Backend& backend, Stream& stream);
+// total += scores (Scope::kGlobal); an empty total takes the scores.
+absl::Status AccumulateScores(const SequenceContext& context, LayerScores scores,
+                              LayerScores& total, Backend& backend, Stream& stream);
+
+struct LayerDecision {
+  LayerPlan plan;    // host
+  Buffer kept_host;  // int32 [groups, num_kept]: what `kept` was made from, kept alive with it
+  Buffer kept;       // the same on the device
+};
+// `min_num_kept` > 0 raises the budget (quality floor).
+absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const LayerScores& scores,
+                                        int32_t layer, int64_t min_num_kept, Backend& backend,
+                                        Stream& stream);
+// A decision that keeps everything (dense layers, index transform).
+absl::StatusOr<LayerDecision> KeepAll(const SequenceContext& context, int32_t layer,
+                                      Backend& backend, Stream& stream);
+// A decision made elsewhere (Apply). `plan` must be valid.
+absl::StatusOr<LayerDecision> FromPlan(LayerPlan plan, Backend& backend, Stream& stream);
+
+struct LayerPages {
+  int64_t num_kept = 0;
+  int64_t num_pages = 0;
+  DType key_dtype = DType::kBFloat16;
+  DType value_dtype = DType::kBFloat16;
+  ScaleGranularity scale_granularity = ScaleGranularity::kHead;
+  Buffer key_pages, value_pages;    // [num_pages, page_size, Hkv, D]
+  Buffer key_scales, value_scales;  // empty unless quantised
+  DType summary_dtype = DType::kFloat32;
+  Buffer block_min, block_max, block_mean;  // index transform: [B, Hkv, D]
+};
+absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const LayerDecision& decision,
+                                      const LayerTensors& tensors, Backend& backend,
+                                      Stream& stream);
+// Bytes of all pages, scales and summaries of one layer that keeps `num_kept` tokens.
+int64_t LayerOutputBytes(const SequenceSpec& spec, int64_t num_kept, int64_t num_blocks);
+
+struct LayerReceipt {
+  int32_t layer = 0;
+  double mass_mean = 0, mass_min = 0;    // NaN when no queries were supplied
+  double error_mean = 0, error_max = 0;  // NaN when queries or values are missing
+};
+absl::StatusOr<LayerReceipt> MeasureLayer(const SequenceContext& context,
+                                          const LayerDecision& decision, const LayerPages& pages,
+                                          const LayerTensors& tensors, Backend& backend,
+                                          Stream& stream);
+
+// Seconds a layer spent per stage, host clock around each stage (synchronised where it ends).
+struct LayerSeconds {
+  double score = 0, select = 0, gather = 0, receipt = 0;
+};
+
+struct LayerResult {
+  LayerDecision decision;
+  LayerPages pages;  // empty for Plan
+  LayerReceipt receipt;
+  LayerSeconds seconds;
+};
+// Whole way of one layer for Scope::kLayer and kLayerHead. `with_pages` false stops after the
+// decision (Plan). Raises the budget until the quality floor holds; FAILED_PRECONDITION
+// QUALITY_FLOOR where max_kept_ratio forbids it.
+absl::StatusOr<LayerResult> CompressLayer(const SequenceContext& context,
+                                          const LayerTensors& tensors, bool with_pages,
+                                          Backend& backend, Stream& stream);
+
+}  // namespace dynsplit
