@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# demo.sh BUILD_DIR: starts the real server on a unix socket, sends it the real sample (K, V, queries and
+# token ids of SmolLM2-135M-Instruct over prose, code and dialogue) through the real client, shows the
+# result, stops the server. Leaves build/demo/summary.json, containers and plots.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+build=$1
+out=build/demo
+socket=$PWD/$out/dynsplitd.sock
+rm -rf "$out"
+mkdir -p "$out"
+
+"$build/server/dynsplitd" --listen "unix:$socket" --http-listen "" >"$out/server.log" 2>&1 &
+server=$!
+trap 'kill -TERM $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
+for _ in $(seq 100); do
+  "$build/client/cli/dynsplit" serve-check --target "unix:$socket" >/dev/null 2>&1 && break
+  kill -0 $server 2>/dev/null || { tail -n 5 "$out/server.log" >&2; echo "demo: the server did not start" >&2; exit 1; }
+  sleep 0.1
+done
+
+for kind in prose code dialogue; do
+  "$build/client/cli/dynsplit" compress "tests/data/sample/$kind.safetensors" --target "unix:$socket" \
+    --preset dynsplit --out "$out/$kind.dskv" --plots "$out/$kind" --summary "$out/summary.json"
+done
+echo
+echo "demo: figures in $out/summary.json, containers in $out/*.dskv (dynsplit inspect FILE), plots in:"
+find "$out" -name '*.png' | sort | sed 's/^/  /'
