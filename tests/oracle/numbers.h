@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The number formats by definition: sign, exponent, fraction. Shares no code with the backends.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "server/pipeline/types.h"
+
+namespace dynsplit::oracle {
+
+// Code or float at `element`, as a number; scales are not applied.
+float DecodeElement(DType dtype, const std::byte* element);
+
+// Rounds to nearest even and stores. float16 and bfloat16 overflow to infinity; fp8 and int8
+// saturate (448, 57344, 127).
+void EncodeElement(DType dtype, float value, std::byte* element);
+
+// Address and value (code * scale, one fp32 rounding) of an element of a view in host memory.
+const std::byte* ElementAddress(const TensorView& view, int64_t token, int32_t head, int32_t c);
+float ElementValue(const TensorView& view, int64_t token, int32_t head, int32_t c);
+float ElementScale(const TensorView& view, int64_t token, int32_t head);
+
+}  // namespace dynsplit::oracle

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every operation on every shape against the oracle, for any backend:
+//
+//     const int registered = oracle::RegisterParityTests("Cuda", [] { return TheBackend(); });
+//
+// at namespace scope of a test file, linked with gtest_main. Tests are named
+// "<prefix>Parity.<Operation>/<shape>". A null backend skips them.
+//
+// Inputs are uploaded with AllocateHost and ToDevice; outputs start as 0xA5 bytes with a guard
+// behind them, so that what an operation forgets to write, or writes beyond, fails the test.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "server/pipeline/backend.h"
+#include "tests/oracle/shapes.h"
+
+namespace dynsplit::oracle {
+
+using BackendFactory = std::function<Backend*()>;
+
+// Returns the number of tests registered.
+int RegisterParityTests(const std::string& prefix, BackendFactory backend);
+
+// The checks behind them; failures are reported through GoogleTest.
+void CheckScoreWindow(Backend& backend, const ParityShape& shape);
+void CheckScoreKeys(Backend& backend, const ParityShape& shape);
+void CheckReduceRows(Backend& backend, const ParityShape& shape);
+void CheckReduceBlocks(Backend& backend, const ParityShape& shape);
+void CheckSummarizeBlocks(Backend& backend, const ParityShape& shape);
+void CheckScoreBlocks(Backend& backend, const ParityShape& shape);
+void CheckSelectTokens(Backend& backend, const ParityShape& shape);
+void CheckSelectAdversarial(Backend& backend, const ParityShape& shape);
+void CheckGatherPages(Backend& backend, const ParityShape& shape);
+void CheckMeasureAttention(Backend& backend, const ParityShape& shape);
+void CheckMeasureSpans(Backend& backend, const ParityShape& shape);
+void CheckCheckFinite(Backend& backend, const ParityShape& shape);
+
+// GatherPages, CheckFinite and SummarizeBlocks on more than 2^31 elements (needs 5 GiB). Byte
+// offsets and element counts that are 32 bits wide anywhere fail here.
+void CheckBeyondTwoGibiElements(Backend& backend);
+
+}  // namespace dynsplit::oracle

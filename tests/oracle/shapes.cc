@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/oracle/shapes.h"
+
+#include <vector>
+
+namespace dynsplit::oracle {
+namespace {
+
+using Format = EncodingPolicy::Format;
+using Pooling = ScoringPolicy::Pooling;
+constexpr auto kHead = ScaleGranularity::kHead;
+constexpr auto kTokenHead = ScaleGranularity::kTokenHead;
+
+std::vector<ParityShape> MakeShapes() {
+  std::vector<ParityShape> shapes;
+  const auto add = [&shapes](ParityShape shape) { shapes.push_back(std::move(shape)); };
+
+  // The smallest sequences a window fits in.
+  add({.name = "two_tokens", .num_tokens = 2, .head_dim = 8, .min_block = 1, .max_block = 1});
+  add({.name = "three_tokens_window_two",
+       .num_tokens = 3,
+       .num_query_heads = 2,
+       .head_dim = 8,
+       .num_queries = 2,
+       .dtype = DType::kFloat32,
+       .min_block = 1,
+       .max_block = 2,
+       .rotary_dim = 8,
+       .pooling_kernel = 7});
+  add({.name = "one_block",
+       .num_tokens = 15,
+       .num_query_heads = 3,
+       .num_kv_heads = 3,
+       .head_dim = 64,
+       .num_queries = 4,
+       .min_block = 15,
+       .max_block = 15,
+       .kept_ratio = 0.5});
+  add({.name = "blocks_of_one",
+       .num_tokens = 65,
+       .num_query_heads = 4,
+       .num_kv_heads = 1,
+       .head_dim = 64,
+       .num_queries = 8,
+       .min_block = 1,
+       .max_block = 1,
+       .kept_ratio = 0.9});
+  add({.name = "kernel_longer_than_prefix",
+       .num_tokens = 20,
+       .num_query_heads = 2,
+       .num_kv_heads = 2,
+       .head_dim = 16,
+       .num_queries = 17,
+       .pooling_kernel = 9,
+       .pooling = Pooling::kMax});
+
+  // Head dimensions and groups.
+  add({.name = "mha_d64",
+       .num_tokens = 257,
+       .num_query_heads = 4,
+       .num_kv_heads = 4,
+       .head_dim = 64,
+       .num_queries = 16,
+       .kept_per_head = true,
+       .rotary_dim = 64});
+  add({.name = "gqa3_d64_padded",
+       .num_tokens = 1021,
+       .num_query_heads = 9,
+       .num_kv_heads = 3,
+       .head_dim = 64,
+       .num_queries = 32,
+       .layout = Layout::kPadded,
+       .format = Format::kInt8,
+       .granularity = kTokenHead,
+       .rotary_dim = 64,
+       .interleaved = true});
+  add({.name = "gqa4_d96_partial_rope",
+       .num_tokens = 500,
+       .num_query_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 96,
+       .num_queries = 33,
+       .kept_per_head = true,
+       .format = Format::kFloat8E4M3,
+       .rotary_dim = 48});
+  add({.name = "gqa4_d128",
+       .num_tokens = 1000,
+       .num_query_heads = 32,
+       .num_kv_heads = 8,
+       .head_dim = 128,
+       .num_queries = 64,
+       .rotary_dim = 128});
+  add({.name = "gqa8_d128_head_major",
+       .num_tokens = 2049,
+       .num_query_heads = 16,
+       .num_kv_heads = 2,
+       .head_dim = 128,
+       .num_queries = 64,
+       .layout = Layout::kHeadMajor,
+       .kept_per_head = true,
+       .page_size = 32,
+       .pooling_kernel = 7,
+       .pooling = Pooling::kMax});
+  add({.name = "gqa5_d80",
+       .num_tokens = 333,
+       .num_query_heads = 10,
+       .num_kv_heads = 2,
+       .head_dim = 80,
+       .num_queries = 7,
+       .rotary_dim = 20,
+       .interleaved = true});
+  add({.name = "mqa_d192",
+       .num_tokens = 777,
+       .num_query_heads = 8,
+       .num_kv_heads = 1,
+       .head_dim = 192,
+       .num_queries = 13,
+       .layout = Layout::kPaged,
+       .input_page_size = 7,
+       .page_size = 64,
+       .rotary_dim = 64});
+  add({.name = "gqa2_d256",
+       .num_tokens = 600,
+       .num_query_heads = 4,
+       .num_kv_heads = 2,
+       .head_dim = 256,
+       .num_queries = 16,
+       .layout = Layout::kPagedHeadMajor,
+       .input_page_size = 16,
+       .kept_per_head = true,
+       .rotary_dim = 256});
+  add({.name = "mha_d512",
+       .num_tokens = 130,
+       .num_query_heads = 2,
+       .num_kv_heads = 2,
+       .head_dim = 512,
+       .num_queries = 5,
+       .format = Format::kInt8,
+       .granularity = kHead});
+  add({.name = "d8_many_heads",
+       .num_tokens = 100,
+       .num_query_heads = 40,
+       .num_kv_heads = 40,
+       .head_dim = 8,
+       .num_queries = 3,
+       .kept_per_head = true,
+       .rotary_dim = 2});
+
+  // Element types.
+  add({.name = "float32_dense",
+       .num_tokens = 511,
+       .num_query_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .num_queries = 20,
+       .dtype = DType::kFloat32,
+       .query_dtype = DType::kFloat32,
+       .format = Format::kFloat8E4M3,
+       .granularity = kTokenHead,
+       .rotary_dim = 64});
+  add({.name = "float32_padded",
+       .num_tokens = 129,
+       .num_query_heads = 3,
+       .num_kv_heads = 1,
+       .head_dim = 72,
+       .num_queries = 9,
+       .dtype = DType::kFloat32,
+       .layout = Layout::kPadded,
+       .query_dtype = DType::kFloat16,
+       .kept_per_head = true,
+       .rotary_dim = 36,
+       .interleaved = true});
+  add({.name = "float16_dense",
+       .num_tokens = 640,
+       .num_query_heads = 8,
+       .num_kv_heads = 8,
+       .head_dim = 128,
+       .num_queries = 8,
+       .dtype = DType::kFloat16,
+       .query_dtype = DType::kFloat16,
+       .format = Format::kInt8,
+       .granularity = kTokenHead});
+  add({.name = "float16_paged",
+       .num_tokens = 241,
+       .num_query_heads = 6,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .num_queries = 16,
+       .dtype = DType::kFloat16,
+       .layout = Layout::kPaged,
+       .input_page_size = 7,
+       .query_dtype = DType::kFloat32,
+       .rotary_dim = 64,
+       .pooling_kernel = 1});
+  add({.name = "e4m3_head_scales",
+       .num_tokens = 384,
+       .num_query_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 128,
+       .num_queries = 16,
+       .dtype = DType::kFloat8E4M3,
+       .format = Format::kFloat8E4M3,
+       .rotary_dim = 128});
+  add({.name = "e4m3_token_scales_paged",
+       .num_tokens = 301,
+       .num_query_heads = 4,
+       .num_kv_heads = 4,
+       .head_dim = 64,
+       .num_queries = 16,
+       .dtype = DType::kFloat8E4M3,
+       .layout = Layout::kPaged,
+       .input_page_size = 16,
+       .input_granularity = kTokenHead,
+       .kept_per_head = true,
+       .granularity = kTokenHead});
+  add({.name = "e5m2_padded",
+       .num_tokens = 205,
+       .num_query_heads = 2,
+       .num_kv_heads = 2,
+       .head_dim = 96,
+       .num_queries = 5,
+       .dtype = DType::kFloat8E5M2,
+       .layout = Layout::kPadded,
+       .format = Format::kInt8,
+       .granularity = kTokenHead,
+       .rotary_dim = 96});
+  add({.name = "int8_token_scales",
+       .num_tokens = 450,
+       .num_query_heads = 12,
+       .num_kv_heads = 4,
+       .head_dim = 64,
+       .num_queries = 24,
+       .dtype = DType::kInt8,
+       .input_granularity = kTokenHead,
+       .kept_per_head = true,
+       .granularity = kTokenHead,
+       .rotary_dim = 64,
+       .interleaved = true});
+  add({.name = "int8_head_scales_head_major",
+       .num_tokens = 119,
+       .num_query_heads = 1,
+       .num_kv_heads = 1,
+       .head_dim = 192,
+       .num_queries = 2,
+       .dtype = DType::kInt8,
+       .layout = Layout::kHeadMajor,
+       .kept_ratio = 1});
+
+  // Budgets and pages.
+  add({.name = "kept_all",
+       .num_tokens = 160,
+       .num_query_heads = 4,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .num_queries = 16,
+       .kept_ratio = 1,
+       .page_size = 32});
+  add({.name = "kept_one_page_exactly",
+       .num_tokens = 160,
+       .num_query_heads = 4,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .num_queries = 4,
+       .kept_ratio = 0.1,
+       .rotary_dim = 64});
+  add({.name = "kept_one",
+       .num_tokens = 90,
+       .num_query_heads = 2,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .num_queries = 1,
+       .kept_per_head = true,
+       .kept_ratio = 0.0112,
+       .page_size = 128});
+  add({.name = "odd_output_page",
+       .num_tokens = 97,
+       .num_query_heads = 2,
+       .num_kv_heads = 1,
+       .head_dim = 64,
+       .num_queries = 2,
+       .kept_ratio = 0.33,
+       .page_size = 7,
+       .granularity = kTokenHead});
+  add({.name = "long_blocks",
+       .num_tokens = 3001,
+       .num_query_heads = 4,
+       .num_kv_heads = 1,
+       .head_dim = 64,
+       .num_queries = 8,
+       .min_block = 200,
+       .max_block = 1500,
+       .kept_ratio = 0.5});
+
+  // Larger ones: several tiles and work items everywhere.
+  add({.name = "tokens_12289",
+       .num_tokens = 12289,
+       .num_query_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 128,
+       .num_queries = 32,
+       .kept_per_head = true,
+       .rotary_dim = 128});
+  add({.name = "tokens_8192_fp8_paged",
+       .num_tokens = 8192,
+       .num_query_heads = 4,
+       .num_kv_heads = 4,
+       .head_dim = 64,
+       .num_queries = 64,
+       .dtype = DType::kFloat8E4M3,
+       .layout = Layout::kPaged,
+       .input_page_size = 16,
+       .format = Format::kFloat8E4M3});
+  add({.name = "tokens_70001_one_head",
+       .num_tokens = 70001,
+       .num_query_heads = 2,
+       .num_kv_heads = 1,
+       .head_dim = 64,
+       .num_queries = 4,
+       .format = Format::kInt8,
+       .granularity = kTokenHead,
+       .rotary_dim = 64});
+  return shapes;
+}
+
+}  // namespace
+
+std::span<const ParityShape> ParityShapes() {
+  static const auto& shapes = *new std::vector<ParityShape>(MakeShapes());
+  return shapes;
+}
+
+}  // namespace dynsplit::oracle
