@@ -154,6 +154,14 @@ void HostTensor::Set(int64_t token, int32_t head, int32_t c, float value) {
   EncodeElement(geometry_.dtype, value, blob_.data() + offset);
 }
 
+void HostTensor::SetScale(int64_t token, int32_t head, float scale) {
+  const int64_t index = geometry_.scale_granularity == ScaleGranularity::kHead
+                            ? head
+                            : token * geometry_.num_heads + head;
+  std::memcpy(blob_.data() + scales_offset_ + index * static_cast<int64_t>(sizeof(float)), &scale,
+              sizeof(float));
+}
+
 std::vector<int32_t> RandomBlockStarts(const ParityShape& shape, uint64_t seed) {
   Random random(seed);
   std::vector<int32_t> starts = {0};

@@ -42,6 +42,8 @@ class HostTensor {
   const std::vector<std::byte>& blob() const { return blob_; }
   // Overwrites one element (rounded to the type); for quantised types the code.
   void Set(int64_t token, int32_t head, int32_t c, float value);
+  // Quantised types: the scale that element (token, head) uses.
+  void SetScale(int64_t token, int32_t head, float scale);
 
  private:
   std::vector<std::byte> blob_;

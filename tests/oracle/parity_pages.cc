@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Parity of GatherPages and CheckFinite: bytes are equal, not close.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "tests/oracle/device_session.h"
+#include "tests/oracle/numbers.h"
+#include "tests/oracle/parity_suite.h"
+#include "tests/oracle/reference.h"
+
+namespace dynsplit::oracle {
+namespace {
+
+using Format = EncodingPolicy::Format;
+
+struct GatherCase {
+  Format format = Format::kAsIs;
+  ScaleGranularity granularity = ScaleGranularity::kHead;
+  int32_t rotary_dim = 0;
+  bool interleaved = false;
+};
+
+template <typename T>
+void ExpectSameBits(const std::vector<T>& actual, const std::vector<T>& expected,
+                    const char* what) {
+  ASSERT_EQ(actual.size(), expected.size()) << what;
+  if (actual.empty()) return;
+  if (std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0) return;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    ASSERT_EQ(std::memcmp(&actual[i], &expected[i], sizeof(T)), 0)
+        << what << " differ first at " << i;
+  }
+}
+
+void CheckGather(Backend& backend, const ParityShape& shape, const HostTensor& source,
+                 const GatherCase& test) {
+  SCOPED_TRACE("format " + std::to_string(static_cast<int>(test.format)) + ", granularity " +
+               std::to_string(static_cast<int>(test.granularity)) + ", rotary " +
+               std::to_string(test.rotary_dim) + (test.interleaved ? " interleaved" : ""));
+  const KeptSets kept = RandomKept(shape, 32);
+  const HostRotation rotation = MakeRotation(shape.num_tokens, test.rotary_dim, test.interleaved);
+  GatherPagesParams params{.source = source.view(),
+                           .kept = kept.tokens.data(),
+                           .groups = kept.groups,
+                           .num_kept = kept.num_kept,
+                           .page_size = shape.page_size,
+                           .format = test.format,
+                           .scale_granularity = test.granularity,
+                           .out_dtype = EncodedType(shape.dtype, test.format, test.rotary_dim > 0),
+                           .rotation = rotation.table()};
+  const Pages expected = GatherPages(params);
+  DeviceSession session(backend);
+  params.source = session.Upload(source);
+  params.kept = session.Upload(kept.tokens);
+  if (test.rotary_dim > 0) params.rotation = session.Upload(rotation);
+  Output<std::byte> pages =
+      session.Poisoned<std::byte>(static_cast<int64_t>(expected.bytes.size()));
+  Output<float> scales = session.Poisoned<float>(static_cast<int64_t>(expected.scales.size()));
+  params.pages = pages.data();
+  params.scales = expected.scales.empty() ? nullptr : scales.data();
+  ASSERT_TRUE(backend.GatherPages(params, session.stream()).ok());
+  ExpectSameBits(session.Read(std::move(scales)), expected.scales, "scales");
+  ExpectSameBits(session.Read(std::move(pages)), expected.bytes, "page bytes");
+}
+
+int32_t RunCheckFinite(Backend& backend, const HostTensor& tensor) {
+  DeviceSession session(backend);
+  Output<int32_t> first = session.Poisoned<int32_t>(1);
+  const CheckFiniteParams params{.tensor = session.Upload(tensor), .first_bad_token = first.data()};
+  EXPECT_TRUE(backend.CheckFinite(params, session.stream()).ok());
+  EXPECT_EQ(session.Read(std::move(first))[0], CheckFinite({.tensor = tensor.view()}));
+  return CheckFinite({.tensor = tensor.view()});
+}
+
+}  // namespace
+
+void CheckGatherPages(Backend& backend, const ParityShape& shape) {
+  HostTensor source = HostTensor::Cache(shape, 31);
+  for (int64_t t = 0; t < shape.num_tokens; t += 3) {  // zero rows: scale groups without amax
+    for (int32_t c = 0; c < shape.head_dim; ++c) source.Set(t, 0, c, t % 2 == 0 ? 0.0F : -0.0F);
+  }
+  CheckGather(backend, shape, source,
+              {shape.format, shape.granularity, shape.rotary_dim, shape.interleaved});
+  if (!shape.small()) return;
+  for (Format format : {Format::kAsIs, Format::kFloat8E4M3, Format::kInt8}) {
+    for (auto granularity : {ScaleGranularity::kHead, ScaleGranularity::kTokenHead}) {
+      for (int32_t rotary_dim : {0, shape.head_dim, shape.head_dim / 8 * 2}) {
+        for (bool interleaved : {false, true}) {
+          CheckGather(backend, shape, source, {format, granularity, rotary_dim, interleaved});
+          if (testing::Test::HasFatalFailure()) return;
+        }
+      }
+    }
+  }
+  if (shape.dtype != DType::kFloat32) return;
+  // Magnitudes from the smallest subnormal to near the largest: scales under- and overflow nowhere
+  // silently.
+  Random random(33);
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    const int exponent = static_cast<int>(random.Between(-149, 120));
+    for (int32_t h = 0; h < shape.num_kv_heads; ++h) {
+      for (int32_t c = 0; c < shape.head_dim; ++c) {
+        source.Set(t, h, c, static_cast<float>(std::ldexp(random.Uniform() - 0.5, exponent)));
+      }
+    }
+  }
+  for (Format format : {Format::kFloat8E4M3, Format::kInt8}) {
+    CheckGather(backend, shape, source, {format, ScaleGranularity::kTokenHead, 0, false});
+  }
+}
+
+void CheckCheckFinite(Backend& backend, const ParityShape& shape) {
+  const HostTensor finite = HostTensor::Cache(shape, 41);
+  ASSERT_EQ(RunCheckFinite(backend, finite), shape.num_tokens);
+  const float infinity = std::numeric_limits<float>::infinity();
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t last = shape.num_tokens - 1;
+  const int64_t middle = shape.num_tokens / 2;
+  for (float bad : {infinity, -infinity, nan}) {
+    for (int64_t token : {int64_t{0}, middle, last}) {
+      for (bool last_element : {false, true}) {
+        HostTensor tensor = finite;
+        const int32_t head = last_element ? shape.num_kv_heads - 1 : 0;
+        const int32_t channel = last_element ? shape.head_dim - 1 : 0;
+        if (shape.dtype == DType::kInt8) {
+          tensor.SetScale(token, head, bad);
+        } else {
+          tensor.Set(token, head, channel, bad);
+          tensor.Set(last, 0, 0, bad);
+        }
+        RunCheckFinite(backend, tensor);
+      }
+    }
+    if (!shape.small()) return;
+  }
+}
+
+void CheckBeyondTwoGibiElements(Backend& backend) {
+  // 2^31 + 2^20 int8 elements in one head pair: [T, 2, 512], scales per head.
+  constexpr int32_t kHeads = 2;
+  constexpr int32_t kDim = 512;
+  constexpr int64_t kTokens = (int64_t{1} << 31) / (kHeads * kDim) + 1024;
+  constexpr int64_t kBytes = kTokens * kHeads * kDim;
+  DeviceSession session(backend);
+  Buffer host = backend.AllocateHost(kBytes).value();
+  auto* codes = host.as<int8_t>();
+  const auto code = [](int64_t element) {
+    return static_cast<int8_t>((element * 2654435761 >> 13) % 127);
+  };
+  for (int64_t i = 0; i < kBytes; ++i) codes[i] = code(i);
+  Buffer device = backend.ToDevice(host, session.stream()).value();
+  const std::vector<float> scales = {0.5F, 2.0F};
+  TensorView view{.data = device.data(),
+                  .dtype = DType::kInt8,
+                  .num_tokens = kTokens,
+                  .num_heads = kHeads,
+                  .head_dim = kDim,
+                  .token_stride_bytes = kHeads * kDim,
+                  .head_stride_bytes = kDim,
+                  .scales = session.Upload(scales)};
+
+  Output<int32_t> first_bad = session.Poisoned<int32_t>(1);
+  ASSERT_TRUE(
+      backend.CheckFinite({.tensor = view, .first_bad_token = first_bad.data()}, session.stream())
+          .ok());
+  EXPECT_EQ(session.Read(std::move(first_bad))[0], kTokens);
+
+  // Blocks: a short one at each end, the middle in long ones.
+  std::vector<int32_t> starts = {0, 16};
+  while (starts.back() + 65536 < kTokens - 16) starts.push_back(starts.back() + 65536);
+  starts.push_back(static_cast<int32_t>(kTokens - 16));
+  starts.push_back(static_cast<int32_t>(kTokens));
+  const auto num_blocks = static_cast<int64_t>(starts.size()) - 1;
+  Output<float> min = session.Poisoned<float>(num_blocks * kHeads * kDim);
+  Output<float> max = session.Poisoned<float>(num_blocks * kHeads * kDim);
+  ASSERT_TRUE(backend
+                  .SummarizeBlocks({.keys = view,
+                                    .block_starts = session.Upload(starts),
+                                    .num_blocks = num_blocks,
+                                    .min = min.data(),
+                                    .max = max.data()},
+                                   session.stream())
+                  .ok());
+  const std::vector<float> min_values = session.Read(std::move(min));
+  const std::vector<float> max_values = session.Read(std::move(max));
+  for (int64_t j : {int64_t{0}, num_blocks - 1}) {
+    for (int64_t c = 0; c < kHeads * kDim; ++c) {
+      int8_t smallest = 127;
+      int8_t largest = -127;
+      for (int64_t t = starts[static_cast<size_t>(j)]; t < starts[static_cast<size_t>(j) + 1];
+           ++t) {
+        smallest = std::min(smallest, code(t * kHeads * kDim + c));
+        largest = std::max(largest, code(t * kHeads * kDim + c));
+      }
+      const float scale = scales[static_cast<size_t>(c / kDim)];
+      const auto index = static_cast<size_t>(j * kHeads * kDim + c);
+      ASSERT_EQ(min_values[index], static_cast<float>(smallest) * scale);
+      ASSERT_EQ(max_values[index], static_cast<float>(largest) * scale);
+    }
+  }
+
+  // Every token kept: output offsets pass 2^31 too.
+  std::vector<int32_t> kept(static_cast<size_t>(kTokens));
+  for (size_t i = 0; i < kept.size(); ++i) kept[i] = static_cast<int32_t>(i);
+  Buffer pages = backend.Allocate(kBytes, session.stream()).value();
+  Output<float> out_scales = session.Poisoned<float>(kHeads);
+  ASSERT_TRUE(backend
+                  .GatherPages({.source = view,
+                                .kept = session.Upload(kept),
+                                .num_kept = kTokens,
+                                .page_size = 128,
+                                .out_dtype = DType::kInt8,
+                                .rotation = {},
+                                .pages = pages.data(),
+                                .scales = out_scales.data()},
+                               session.stream())
+                  .ok());
+  EXPECT_EQ(session.Read(std::move(out_scales)), scales);
+  Buffer out = backend.ToHost(std::move(pages), session.stream()).value();
+  ASSERT_TRUE(session.stream().Synchronize().ok());
+  static_assert(kTokens % 128 == 0);
+  EXPECT_EQ(std::memcmp(out.data(), codes, kBytes), 0);
+}
+
+}  // namespace dynsplit::oracle

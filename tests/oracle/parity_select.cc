@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Parity of SelectTokens: selections are equal, not close.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string>
+
+#include "tests/oracle/device_session.h"
+#include "tests/oracle/parity_suite.h"
+#include "tests/oracle/reference.h"
+
+namespace dynsplit::oracle {
+namespace {
+
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct SelectionCase {
+  std::string name;
+  int32_t groups = 1;
+  std::vector<int32_t> starts;
+  std::vector<float> block_scores;
+  std::vector<float> token_scores;  // may be empty
+  std::vector<uint8_t> protected_tokens;
+  int64_t num_kept = 0;
+  int64_t num_whole_blocks = 0;
+
+  SelectTokensParams Params() const {
+    return {.block_scores = block_scores.data(),
+            .token_scores = token_scores.empty() ? nullptr : token_scores.data(),
+            .groups = groups,
+            .num_tokens = static_cast<int64_t>(protected_tokens.size()),
+            .block_starts = starts.data(),
+            .num_blocks = static_cast<int64_t>(starts.size()) - 1,
+            .protected_tokens = protected_tokens.data(),
+            .num_kept = num_kept,
+            .num_whole_blocks = num_whole_blocks};
+  }
+  int64_t num_protected() const {
+    return std::accumulate(protected_tokens.begin(), protected_tokens.end(), int64_t{0});
+  }
+};
+
+void CheckCase(Backend& backend, const SelectionCase& test) {
+  SCOPED_TRACE(test.name + ", kept " + std::to_string(test.num_kept) + ", whole blocks " +
+               std::to_string(test.num_whole_blocks));
+  SelectTokensParams params = test.Params();
+  const Selection expected = SelectTokens(params);
+  DeviceSession session(backend);
+  params.block_scores = session.Upload(test.block_scores);
+  params.token_scores = session.Upload(test.token_scores);
+  params.block_starts = session.Upload(test.starts);
+  params.protected_tokens = session.Upload(test.protected_tokens);
+  const int64_t stride = params.num_whole_blocks > 0 ? params.num_tokens : params.num_kept;
+  Output<int32_t> kept = session.Poisoned<int32_t>(params.groups * stride);
+  Output<int32_t> counts = session.Poisoned<int32_t>(params.groups);
+  params.kept = kept.data();
+  params.kept_counts = counts.data();
+  ASSERT_TRUE(backend.SelectTokens(params, session.stream()).ok());
+  const std::vector<int32_t> kept_values = session.Read(std::move(kept));
+  const std::vector<int32_t> count_values = session.Read(std::move(counts));
+  for (int32_t g = 0; g < params.groups; ++g) {
+    const auto& want = expected.kept[static_cast<size_t>(g)];
+    ASSERT_EQ(count_values[static_cast<size_t>(g)], static_cast<int32_t>(want.size()));
+    const auto begin = kept_values.begin() + g * stride;
+    const auto end = begin + static_cast<int64_t>(want.size());
+    const auto difference = std::mismatch(begin, end, want.begin());
+    ASSERT_TRUE(difference.first == end)
+        << "group " << g << " slot " << (difference.first - begin) << ": " << *difference.first
+        << ", expected " << *difference.second;
+  }
+}
+
+// Random scores on a coarse grid, so that ties occur; first tokens, the window and one stray token
+// are protected.
+SelectionCase RandomCase(const ParityShape& shape) {
+  Random random(21);
+  SelectionCase test;
+  test.groups = shape.num_kept_sets();
+  test.starts = RandomBlockStarts(shape, 22);
+  for (size_t i = 0; i < (test.starts.size() - 1) * static_cast<size_t>(test.groups); ++i) {
+    test.block_scores.push_back(static_cast<float>(random.Between(-20, 200)) / 64);
+  }
+  for (int64_t i = 0; i < shape.num_tokens * test.groups; ++i) {
+    test.token_scores.push_back(static_cast<float>(random.Between(0, 9)));
+  }
+  test.protected_tokens.resize(static_cast<size_t>(shape.num_tokens));
+  for (int64_t t = 0; t < shape.num_tokens; ++t) {
+    test.protected_tokens[static_cast<size_t>(t)] =
+        t < 4 || t >= shape.num_tokens - shape.num_queries || t == shape.num_tokens / 2;
+  }
+  return test;
+}
+
+std::vector<int64_t> Budgets(const SelectionCase& test) {
+  const auto num_tokens = static_cast<int64_t>(test.protected_tokens.size());
+  const int64_t least = test.num_protected();
+  std::vector<int64_t> budgets = {
+      least,          least + 1, least + 2, (least + num_tokens) / 5, (least + num_tokens) / 2,
+      num_tokens - 1, num_tokens};
+  for (int64_t& budget : budgets) {
+    budget = std::clamp(budget, std::max<int64_t>(least, 1), num_tokens);
+  }
+  return budgets;
+}
+
+void CheckAllBudgets(Backend& backend, SelectionCase test) {
+  const std::vector<float> token_scores = test.token_scores;
+  for (int64_t budget : Budgets(test)) {
+    test.num_whole_blocks = 0;
+    test.num_kept = budget;
+    CheckCase(backend, test);
+    test.token_scores.clear();
+    CheckCase(backend, test);
+    test.token_scores = token_scores;
+    if (testing::Test::HasFatalFailure()) return;
+  }
+  const auto num_blocks = static_cast<int64_t>(test.starts.size()) - 1;
+  for (int64_t whole : {int64_t{1}, num_blocks / 3 + 1, num_blocks}) {
+    test.num_whole_blocks = std::min(whole, num_blocks);
+    test.num_kept = 0;
+    CheckCase(backend, test);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
+}  // namespace
+
+void CheckSelectTokens(Backend& backend, const ParityShape& shape) {
+  CheckAllBudgets(backend, RandomCase(shape));
+}
+
+void CheckSelectAdversarial(Backend& backend, const ParityShape& shape) {
+  if (shape.num_tokens > 4096) GTEST_SKIP() << "small shapes only";
+  const SelectionCase base = RandomCase(shape);
+  const auto with_scores = [&](const char* name, auto block_score, auto token_score) {
+    SelectionCase test = base;
+    test.name = name;
+    for (size_t j = 0; j < test.block_scores.size(); ++j) test.block_scores[j] = block_score(j);
+    for (size_t t = 0; t < test.token_scores.size(); ++t) test.token_scores[t] = token_score(t);
+    CheckAllBudgets(backend, test);
+  };
+  const auto grid = [](size_t i) { return static_cast<float>((i * 7919) % 5); };
+  with_scores(
+      "all equal", [](size_t) { return 0.25F; }, [](size_t) { return 1.0F; });
+  with_scores(
+      "many ties", [](size_t j) { return static_cast<float>(j % 3); },
+      [](size_t t) { return static_cast<float>(t % 2); });
+  with_scores(
+      "negative zeros", [](size_t j) { return j % 2 == 0 ? -0.0F : 0.0F; },
+      [](size_t t) { return t % 3 == 0 ? 0.0F : -0.0F; });
+  with_scores(
+      "all negative", [&](size_t j) { return -1 - grid(j); },
+      [&](size_t t) { return -2 - grid(t); });
+  with_scores(
+      "NaN and infinities",
+      [&](size_t j) {
+        return j % 4 == 0 ? kNan : j % 4 == 1 ? -kInfinity : j % 4 == 2 ? kInfinity : -kNan;
+      },
+      [&](size_t t) { return t % 3 == 0   ? -kNan
+                             : t % 3 == 1 ? kNan
+                                          : -kInfinity; });
+  with_scores(
+      "all NaN", [](size_t) { return kNan; }, [](size_t) { return kNan; });
+  with_scores(
+      "subnormal steps", [](size_t j) { return static_cast<float>(j % 7) * 1e-45F; },
+      [](size_t t) { return -static_cast<float>(t % 7) * 1e-45F; });
+  with_scores(
+      "rising", [](size_t j) { return static_cast<float>(j); },
+      [](size_t t) { return static_cast<float>(t); });
+
+  SelectionCase test = base;
+  test.name = "single block";
+  test.starts = {0, static_cast<int32_t>(shape.num_tokens)};
+  test.block_scores.assign(static_cast<size_t>(test.groups), 0.5F);
+  CheckAllBudgets(backend, test);
+
+  test = base;
+  test.name = "every block protected";
+  for (size_t j = 0; j + 1 < test.starts.size(); ++j) {
+    test.protected_tokens[static_cast<size_t>(test.starts[j + 1] - 1)] = 1;
+  }
+  CheckAllBudgets(backend, test);
+
+  test = base;
+  test.name = "every token protected";
+  std::fill(test.protected_tokens.begin(), test.protected_tokens.end(), uint8_t{1});
+  CheckAllBudgets(backend, test);
+
+  test = base;
+  test.name = "nothing protected";
+  std::fill(test.protected_tokens.begin(), test.protected_tokens.end(), uint8_t{0});
+  CheckAllBudgets(backend, test);
+}
+
+}  // namespace dynsplit::oracle
