@@ -17,7 +17,7 @@ namespace dynsplit {
 struct LayerBudget {
   int64_t num_kept = 0;          // tokens per KV head; 0 in whole-block mode
   int64_t num_whole_blocks = 0;  // 0 in exact mode
-  bool dense = false;            // everything stays
+  bool dense = false;            // everything stays: a dense layer, or the index transform
   bool raised_by_protection = false;
   bool operator==(const LayerBudget&) const = default;
 };
@@ -27,12 +27,19 @@ struct LayerBudget {
 std::vector<uint8_t> ProtectedTokens(const Policy& policy, const SequenceShape& shape,
                                      const Segmentation& segmentation, int64_t num_window_queries);
 
-// Budget of `layer`. `token_bytes` is what one kept token of one KV head costs in the output (K + V
-// + its share of scales), used by the bytes target, which is spread evenly over the layers that are
-// not dense. INVALID_ARGUMENT if a bytes target is smaller than the dense layers plus one token a
-// head.
+// What a layer's K and V cost in the output, scales included: bytes_per_layer + num_pages *
+// bytes_per_page. Both > 0 but for bytes_per_layer, which is 0 unless scales are per head.
+struct OutputCost {
+  int64_t bytes_per_layer = 0;
+  int64_t bytes_per_page = 0;
+};
+
+// Budget of `layer`. A bytes target pays for the dense layers first and spreads the rest evenly
+// over the others, in whole pages. INVALID_ARGUMENT if it is smaller than the dense layers plus one
+// page in each other layer. In whole-block mode protection is left to the selection, which keeps
+// every block that holds a protected token.
 absl::StatusOr<LayerBudget> BudgetForLayer(const Policy& policy, const SequenceShape& shape,
                                            int32_t layer, int64_t num_blocks, int64_t num_protected,
-                                           double token_bytes);
+                                           const OutputCost& cost);
 
 }  // namespace dynsplit

@@ -128,7 +128,8 @@ struct LayerPages {
   int64_t num_pages = 0;
   DType key_dtype = DType::kBFloat16;
   DType value_dtype = DType::kBFloat16;
-  ScaleGranularity scale_granularity = ScaleGranularity::kHead;
+  ScaleGranularity key_scale_granularity = ScaleGranularity::kHead;
+  ScaleGranularity value_scale_granularity = ScaleGranularity::kHead;
   Buffer key_pages, value_pages;    // [num_pages, page_size, Hkv, D]
   Buffer key_scales, value_scales;  // empty unless quantised
   DType summary_dtype = DType::kFloat32;

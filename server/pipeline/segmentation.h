@@ -29,22 +29,39 @@ struct DelimiterWeight {
 // Importance of delimiter token types of one tokenizer. Immutable after construction; thread-safe.
 class DelimiterProfile {
  public:
-  // INVALID_ARGUMENT on weights outside [0, 1], negative or duplicate ids, a bad name.
+  static constexpr size_t kMaxDelimiters = 65535;
+
+  // INVALID_ARGUMENT on weights outside [0, 1], negative or duplicate ids, more than
+  // kMaxDelimiters, or a name that is not 1 to 64 characters of [a-z0-9_.-].
   static absl::StatusOr<DelimiterProfile> Create(std::string name, std::string description,
                                                  std::vector<DelimiterWeight> weights);
-  // Parses the CSV form used by server/pipeline/profiles/*.csv.
+  // Parses the CSV form used by server/pipeline/profiles/*.csv: '#' comments (they become the
+  // description), a header that names the columns, rows. Columns token_id and weight are required;
+  // text_escaped, occurrences and sentence_end may be absent or empty. Text knows \n \r \t \\ and
+  // \xHH, the latter for commas too. INVALID_ARGUMENT names the line.
   static absl::StatusOr<DelimiterProfile> FromCsv(std::string name, std::string_view csv);
 
   const std::string& name() const { return name_; }
   const std::string& description() const { return description_; }
   std::span<const DelimiterWeight> weights() const { return weights_; }  // ascending ids
-  const DelimiterWeight* Find(int32_t token_id) const;                   // null if no delimiter
+  // Null if no delimiter. One array access for ids below 2^20.
+  const DelimiterWeight* Find(int32_t token_id) const {
+    const auto id = static_cast<uint32_t>(token_id);  // negative ids lie beyond any
+    if (id < dense_.size()) {
+      const uint16_t row = dense_[id];
+      return row == 0 ? nullptr : &weights_[row - 1u];
+    }
+    return FindSparse(token_id);
+  }
 
  private:
   DelimiterProfile() = default;
+  const DelimiterWeight* FindSparse(int32_t token_id) const;
+
   std::string name_;
   std::string description_;
   std::vector<DelimiterWeight> weights_;
+  std::vector<uint16_t> dense_;  // id -> 1 + row of weights_, 0 = no delimiter
 };
 
 // Profiles compiled in from server/pipeline/profiles/*.csv, by file name.
@@ -65,6 +82,11 @@ struct Segmentation {
 Segmentation Segment(std::span<const int32_t> token_ids, const SegmentationPolicy& policy,
                      const DelimiterProfile* profile);
 
+// The same for methods that read no ids (kNone, kFixed), 0 < num_tokens < 2^31.
+Segmentation SegmentPositions(int64_t num_tokens, const SegmentationPolicy& policy);
+// True for methods that cut by token ids, and so need a profile.
+bool ReadsTokenIds(const SegmentationPolicy& policy);
+
 // Incremental form: tokens arrive in pieces; closed blocks never change.
 // After any sequence of Append calls, Current() equals Segment() over all tokens so far.
 class IncrementalSegmenter {
@@ -78,7 +100,7 @@ class IncrementalSegmenter {
   SegmentationPolicy policy_;
   std::shared_ptr<const DelimiterProfile> profile_;
   std::vector<int32_t> starts_{0};    // starts of closed blocks, then of the open one
-  std::vector<int32_t> open_tokens_;  // ids from starts_.back() on
+  std::vector<int32_t> open_tokens_;  // ids from starts_.back() on; empty where none are read
   int64_t num_tokens_ = 0;
 };
 
