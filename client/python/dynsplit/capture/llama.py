@@ -158,6 +158,14 @@ def causal_attention(q: Array, k: Array, v: Array, block_size: int = 256) -> Arr
     return out.reshape(tokens, q_heads * dim)
 
 
+def silu(x: Array) -> Array:
+    """x / (1 + exp(-x)), element by element."""
+    with np.errstate(over="ignore"):  # exp overflows to infinity, and the quotient to zero.
+        divisor: Array = np.float32(1.0) + np.exp(-x)
+    result: Array = x / divisor
+    return result
+
+
 class LlamaModel:
     """The model with its weights in fp32; immutable after construction."""
 
@@ -217,12 +225,9 @@ class LlamaModel:
             v = (h @ layer.wv.T).reshape(tokens, -1, config.head_dim)
             if observe is not None:
                 observe(index, q, k, v)
-            x = x + causal_attention(q, k, v) @ layer.wo.T
+            x += causal_attention(q, k, v) @ layer.wo.T
             h = self._rms_norm(x, layer.ffn_norm)
-            gate = h @ layer.gate.T
-            with np.errstate(over="ignore"):  # exp(-gate) = inf gives silu = 0, as it should be.
-                gate /= 1.0 + np.exp(-gate)
-            x = x + (gate * (h @ layer.up.T)) @ layer.down.T
+            x += (silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
         return self._rms_norm(x, self._output_norm)
 
     def logits(self, hidden: Array) -> Array:
