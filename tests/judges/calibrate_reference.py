@@ -29,11 +29,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from captures import CaptureFile, LayerTensors
 from delimiters import DelimiterClass, classify, ends_sentence, escape
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Occurrence:
         return self.overlap - alpha * self.drop
 
 
-def spread(items: Sequence[Occurrence], limit: int) -> list[Occurrence]:
+def spread(items: Sequence[Item], limit: int) -> list[Item]:
     """At most `limit` items, evenly spread over the sequence."""
     if len(items) <= limit:
         return list(items)
