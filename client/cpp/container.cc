@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/cpp/container.h"
 
+#include <google/protobuf/io/coded_stream.h>
+#include <google/protobuf/io/zero_copy_stream_impl_lite.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -124,7 +127,12 @@ uint64_t PlaceSections(v1::ContainerHeader& header) {
 std::string SerializePrefixAndHeader(const v1::ContainerHeader& header, uint64_t file_bytes) {
   const size_t header_bytes = header.ByteSizeLong();
   std::string prefix_and_header(kPrefixBytes, '\0');
-  header.AppendToString(&prefix_and_header);
+  {
+    google::protobuf::io::StringOutputStream stream(&prefix_and_header);
+    google::protobuf::io::CodedOutputStream output(&stream);
+    output.SetSerializationDeterministic(true);  // equal containers are equal files
+    header.SerializeToCodedStream(&output);
+  }
   auto* prefix = reinterpret_cast<std::byte*>(prefix_and_header.data());
   std::memcpy(prefix, kMagic.data(), kMagic.size());
   StoreLittleEndian(kVersion, prefix + 8);

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+
+namespace dynsplit {
+
+// Owned, uninitialised host memory, aligned for any vector load. Move-only.
+class AlignedBuffer {
+ public:
+  static constexpr size_t kAlignment = 64;
+
+  // RESOURCE_EXHAUSTED when there is no memory.
+  static absl::StatusOr<AlignedBuffer> Allocate(size_t size) {
+    const size_t padded = (size + kAlignment - 1) / kAlignment * kAlignment;
+    void* data = std::aligned_alloc(kAlignment, padded);
+    if (data == nullptr && padded > 0) {
+      return absl::ResourceExhaustedError(absl::StrCat("no memory for ", size, " bytes"));
+    }
+    AlignedBuffer buffer;
+    buffer.data_.reset(static_cast<std::byte*>(data));
+    buffer.size_ = size;
+    return buffer;
+  }
+
+  AlignedBuffer() = default;
+  AlignedBuffer(AlignedBuffer&& other) noexcept
+      : data_(std::move(other.data_)), size_(std::exchange(other.size_, 0)) {}
+  AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
+    data_ = std::move(other.data_);
+    size_ = std::exchange(other.size_, 0);
+    return *this;
+  }
+
+  std::byte* data() { return data_.get(); }
+  size_t size() const { return size_; }
+  absl::Span<const std::byte> bytes() const { return {data_.get(), size_}; }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const { std::free(data); }
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  size_t size_ = 0;
+};
+
+}  // namespace dynsplit

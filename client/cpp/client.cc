@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/cpp/client.h"
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
+
+#include <algorithm>
+#include <functional>
+#include <optional>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "client/cpp/request_frames.h"
+#include "client/cpp/result_assembler.h"
+#include "client/cpp/stream_call.h"
+#include "dynsplit/v1/info.grpc.pb.h"
+#include "proto/wire/channel.h"
+#include "proto/wire/status.h"
+
+namespace dynsplit {
+namespace {
+
+constexpr size_t kMinChunkBytes = 4096;
+constexpr int kMaxChannels = 64;
+
+// Tells when the last slice that points into a job's tensors is gone.
+class SliceGuard {
+ public:
+  // What slices keep: `owner`, and word to this guard when they are gone.
+  std::shared_ptr<const void> MakeLease(std::shared_ptr<const void> owner) {
+    if (owner != nullptr) return owner;
+    {
+      absl::MutexLock lock(&mu_);
+      released_ = false;
+    }
+    return {this, [](SliceGuard* guard) {
+              absl::MutexLock lock(&guard->mu_);
+              guard->released_ = true;
+            }};
+  }
+
+  // The mutex is released by whoever set the flag before this can return.
+  void WaitUntilReleased() {
+    absl::MutexLock lock(&mu_);
+    mu_.Await(absl::Condition(&released_));
+  }
+
+ private:
+  absl::Mutex mu_;
+  bool released_ ABSL_GUARDED_BY(mu_) = true;
+};
+
+absl::Status CheckJob(const CompressJob& job) {
+  for (size_t i = 0; i < job.tensors.size(); ++i) {
+    if (job.tensors[i].bytes.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat("tensors[", i, "] has no bytes"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Reads to the end of the call; the result's own errors come before the call's.
+absl::StatusOr<CompressResult> Converse(StreamCall& call, RequestFrames& frames,
+                                        grpc::ClientContext& context, const CompressJob& job,
+                                        const ClientOptions& options) {
+  ResultAssembler assembler(job, options.max_result_bytes);
+  absl::Status status;
+  grpc::ByteBuffer message;
+  while (call.Read(message)) {
+    if (!status.ok()) continue;  // cancelled: only drains
+    const bool was_accepted = assembler.accepted();
+    const auto frame = wire::ParseFrame(std::move(message), wire::kMaxChunkDataBytes);
+    status = frame.ok() ? assembler.Take(*frame)
+                        : absl::InternalError(absl::StrCat("server broke the protocol: ",
+                                                           frame.status().message()));
+    if (!status.ok()) {
+      context.TryCancel();
+      continue;
+    }
+    if (!was_accepted) {
+      const int32_t limit = assembler.result().accepted.max_chunk_bytes();
+      frames.set_chunk_bytes(limit > 0 ? std::min(options.chunk_bytes, static_cast<size_t>(limit))
+                                       : options.chunk_bytes);
+      call.SendChunks();
+    }
+    if (job.on_progress) {
+      job.on_progress({frames.sent_bytes(), frames.total_bytes(), assembler.result().received_bytes,
+                       assembler.num_layers()});
+    }
+  }
+  const grpc::Status finished = call.Finish();
+  if (!status.ok()) return status;
+  if (!finished.ok()) return wire::ToAbsl(finished);
+  absl::StatusOr<CompressResult> result = std::move(assembler).Finish();
+  if (result.ok()) result->sent_bytes = frames.sent_bytes();
+  return result;
+}
+
+template <typename Request, typename Response>
+absl::StatusOr<Response> Unary(v1::Info::Stub& stub, grpc::ClientContext& context,
+                               grpc::Status (v1::Info::Stub::*method)(grpc::ClientContext*,
+                                                                      const Request&, Response*),
+                               const Request& request) {
+  Response response;
+  const grpc::Status status = (stub.*method)(&context, request, &response);
+  if (!status.ok()) return wire::ToAbsl(status);
+  return response;
+}
+
+}  // namespace
+
+void Cancellation::Cancel() {
+  absl::MutexLock lock(&mu_);
+  cancelled_ = true;
+  for (grpc::ClientContext* context : contexts_) context->TryCancel();
+}
+
+void Cancellation::Attach(grpc::ClientContext* context) {
+  absl::MutexLock lock(&mu_);
+  contexts_.insert(context);
+  if (cancelled_) context->TryCancel();
+}
+
+void Cancellation::Detach(grpc::ClientContext* context) {
+  absl::MutexLock lock(&mu_);
+  contexts_.erase(context);
+}
+
+absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& target,
+                                                        ClientOptions options) {
+  if (options.chunk_bytes < kMinChunkBytes || options.chunk_bytes > wire::kMaxChunkDataBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("chunk_bytes is ", options.chunk_bytes,
+                                                   "; must be in [", kMinChunkBytes, ", ",
+                                                   wire::kMaxChunkDataBytes, "]"));
+  }
+  if (options.num_channels < 1 || options.num_channels > kMaxChannels) {
+    return absl::InvalidArgumentError(absl::StrCat("num_channels is ", options.num_channels,
+                                                   "; must be in [1, ", kMaxChannels, "]"));
+  }
+  if (target.empty()) return absl::InvalidArgumentError("target is empty");
+  if (options.credentials == nullptr) options.credentials = grpc::InsecureChannelCredentials();
+  std::unique_ptr<Client> client(new Client(target, std::move(options)));
+  for (int i = 0; i < client->options_.num_channels; ++i) {
+    grpc::ChannelArguments arguments = wire::ClientChannelArguments(target);
+    // Else equal channels share one connection.
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    client->channels_.push_back(
+        grpc::CreateCustomChannel(target, client->options_.credentials, arguments));
+  }
+  return client;
+}
+
+std::shared_ptr<grpc::Channel> Client::NextChannel() {
+  return channels_[next_channel_.fetch_add(1, std::memory_order_relaxed) % channels_.size()];
+}
+
+void Client::Prepare(grpc::ClientContext& context, absl::Duration timeout) const {
+  if (timeout != absl::InfiniteDuration()) {
+    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  }
+  if (!options_.bearer_token.empty()) {
+    context.AddMetadata("authorization", absl::StrCat("Bearer ", options_.bearer_token));
+  }
+}
+
+absl::StatusOr<CompressResult> Client::Run(const std::string& method, const CompressJob& job) {
+  if (absl::Status status = CheckJob(job); !status.ok()) return status;
+  const absl::Time start = absl::Now();
+  SliceGuard guard;
+  absl::StatusOr<CompressResult> result;
+  {
+    grpc::ClientContext context;
+    Prepare(context, job.timeout.value_or(options_.timeout));
+    RequestFrames frames(job, guard.MakeLease(job.owner));
+    grpc::GenericStub stub(NextChannel());
+    StreamCall call(stub, context, method, frames.Begin(options_.chunk_bytes), frames);
+    if (job.cancellation != nullptr) job.cancellation->Attach(&context);
+    result = Converse(call, frames, context, job, options_);
+    if (job.cancellation != nullptr) job.cancellation->Detach(&context);
+  }
+  guard.WaitUntilReleased();
+  if (result.ok()) result->elapsed = absl::Now() - start;
+  return result;
+}
+
+absl::StatusOr<CompressResult> Client::Compress(const CompressJob& job) {
+  return Run("/dynsplit.v1.Compression/Compress", job);
+}
+
+absl::StatusOr<CompressResult> Client::Plan(const CompressJob& job) {
+  return Run("/dynsplit.v1.Compression/Plan", job);
+}
+
+absl::StatusOr<CompressResult> Client::Apply(const CompressJob& job) {
+  return Run("/dynsplit.v1.Compression/Apply", job);
+}
+
+absl::StatusOr<CompressResult> Client::Calibrate(const CompressJob& job) {
+  return Run("/dynsplit.v1.Compression/Calibrate", job);
+}
+
+absl::StatusOr<v1::ServerInfo> Client::GetServerInfo() {
+  v1::Info::Stub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  return Unary(stub, context, &v1::Info::Stub::GetServerInfo, v1::GetServerInfoRequest());
+}
+
+absl::StatusOr<v1::ListPoliciesResponse> Client::ListPolicies() {
+  v1::Info::Stub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  return Unary(stub, context, &v1::Info::Stub::ListPolicies, v1::ListPoliciesRequest());
+}
+
+absl::StatusOr<v1::ListDelimiterProfilesResponse> Client::ListDelimiterProfiles() {
+  v1::Info::Stub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  return Unary(stub, context, &v1::Info::Stub::ListDelimiterProfiles,
+               v1::ListDelimiterProfilesRequest());
+}
+
+absl::StatusOr<v1::DelimiterProfile> Client::GetDelimiterProfile(const std::string& name) {
+  v1::Info::Stub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  v1::GetDelimiterProfileRequest request;
+  request.set_name(name);
+  return Unary(stub, context, &v1::Info::Stub::GetDelimiterProfile, request);
+}
+
+absl::StatusOr<v1::PutDelimiterProfileResponse> Client::PutDelimiterProfile(
+    const v1::DelimiterProfile& profile, bool replace) {
+  v1::Info::Stub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  v1::PutDelimiterProfileRequest request;
+  *request.mutable_profile() = profile;
+  request.set_replace(replace);
+  return Unary(stub, context, &v1::Info::Stub::PutDelimiterProfile, request);
+}
+
+absl::Status Client::CheckHealth() {
+  // HealthCheckRequest without a service is empty; HealthCheckResponse {status = 1; SERVING = 1}.
+  constexpr std::string_view kServing = "\x08\x01";
+  grpc::GenericStub stub(NextChannel());
+  grpc::ClientContext context;
+  Prepare(context, options_.control_timeout);
+  grpc::CompletionQueue queue;
+  const grpc::Slice nothing;
+  const grpc::ByteBuffer request(&nothing, 1);
+  auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
+  call->StartCall();
+  grpc::ByteBuffer response;
+  grpc::Status status;
+  call->Finish(&response, &status, nullptr);
+  void* tag = nullptr;
+  bool ok = false;
+  queue.Next(&tag, &ok);
+  if (!status.ok()) return wire::ToAbsl(status);
+  grpc::Slice slice;
+  if (response.DumpToSingleSlice(&slice).ok() &&
+      std::string_view(reinterpret_cast<const char*>(slice.begin()), slice.size()) == kServing) {
+    return absl::OkStatus();
+  }
+  return absl::UnavailableError("server answers, but does not serve");
+}
+
+}  // namespace dynsplit

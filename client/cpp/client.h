@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// C++ client of dynsplitd.
+//
+//     auto client = dynsplit::Client::Connect("unix:/run/dynsplit.sock", {});
+//     dynsplit::CompressJob job;
+//     job.begin.mutable_policy()->mutable_budget()->set_kept_ratio(0.25);
+//     job.tensors = ...;
+//     absl::StatusOr<dynsplit::CompressResult> result = (*client)->Compress(job);
+//
+// Errors are the server's, with its details (field violations, retry delay, ...) in the status's
+// payloads: wire::ReadError(status) reads them. DATA_LOSS means that what arrived here does not
+// have its checksum; INTERNAL with "protocol" in the message that the server did not keep to the
+// stream's grammar.
+#pragma once
+
+#include <grpcpp/channel.h>
+#include <grpcpp/security/credentials.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "client/cpp/job.h"
+#include "dynsplit/v1/info.pb.h"
+#include "proto/wire/frame.h"
+
+namespace grpc {
+class ClientContext;
+}
+
+namespace dynsplit {
+
+struct ClientOptions {
+  // Longest duration of Compress, Plan, Apply, Calibrate.
+  absl::Duration timeout = absl::Minutes(5);
+  // Longest duration of every other call.
+  absl::Duration control_timeout = absl::Seconds(10);
+  // Data bytes of one chunk, sent and asked for. Range [4096, 3 MiB]; the server may demand less.
+  size_t chunk_bytes = wire::kDefaultChunkDataBytes;
+  // Connections that calls are spread over. Range [1, 64]. More pay across hosts.
+  int num_channels = 1;
+  // Most tensor bytes accepted in one response.
+  int64_t max_result_bytes = int64_t{64} << 30;
+  // Default: insecure.
+  std::shared_ptr<grpc::ChannelCredentials> credentials;
+  // Sent as "authorization: Bearer ..." where not empty.
+  std::string bearer_token;
+};
+
+// Cancels the calls that carry it, now and later. Thread-safe.
+class Cancellation {
+ public:
+  void Cancel();
+
+ private:
+  friend class Client;
+  void Attach(grpc::ClientContext* context);
+  void Detach(grpc::ClientContext* context);
+
+  absl::Mutex mu_;
+  bool cancelled_ ABSL_GUARDED_BY(mu_) = false;
+  std::set<grpc::ClientContext*> contexts_ ABSL_GUARDED_BY(mu_);
+};
+
+// Thread-safe; calls block their thread and may run side by side. Must outlive its calls.
+class Client {
+ public:
+  // Does not wait for the connection. `target` is a gRPC target: "host:port", "unix:/path",
+  // "dns:///name:port".
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
+                                                         ClientOptions options = {});
+
+  // The Compression service; see its proto for what each needs and returns.
+  absl::StatusOr<CompressResult> Compress(const CompressJob& job);
+  absl::StatusOr<CompressResult> Plan(const CompressJob& job);
+  absl::StatusOr<CompressResult> Apply(const CompressJob& job);
+  // The profile is in CompressResult.end.
+  absl::StatusOr<CompressResult> Calibrate(const CompressJob& job);
+
+  // The Info service.
+  absl::StatusOr<v1::ServerInfo> GetServerInfo();
+  absl::StatusOr<v1::ListPoliciesResponse> ListPolicies();
+  absl::StatusOr<v1::ListDelimiterProfilesResponse> ListDelimiterProfiles();
+  absl::StatusOr<v1::DelimiterProfile> GetDelimiterProfile(const std::string& name);
+  absl::StatusOr<v1::PutDelimiterProfileResponse> PutDelimiterProfile(
+      const v1::DelimiterProfile& profile, bool replace);
+
+  // grpc.health.v1 Check of the whole server: OK when it serves, UNAVAILABLE when it answers
+  // otherwise.
+  absl::Status CheckHealth();
+
+  const std::string& target() const { return target_; }
+
+ private:
+  Client(std::string target, ClientOptions options)
+      : target_(std::move(target)), options_(std::move(options)) {}
+
+  std::shared_ptr<grpc::Channel> NextChannel();
+  void Prepare(grpc::ClientContext& context, absl::Duration timeout) const;
+  absl::StatusOr<CompressResult> Run(const std::string& method, const CompressJob& job);
+
+  const std::string target_;
+  const ClientOptions options_;
+  std::vector<std::shared_ptr<grpc::Channel>> channels_;  // constant after Connect
+  std::atomic<uint32_t> next_channel_{0};
+};
+
+}  // namespace dynsplit

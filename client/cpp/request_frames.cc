@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/cpp/request_frames.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "dynsplit/v1/compression.pb.h"
+#include "proto/wire/crc32c.h"
+
+namespace dynsplit {
+
+RequestFrames::RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease)
+    : job_(job), lease_(std::move(lease)), order_(job.tensors.size()) {
+  std::iota(order_.begin(), order_.end(), uint32_t{0});
+  std::stable_sort(order_.begin(), order_.end(), [&job](uint32_t a, uint32_t b) {
+    return job.tensors[a].layer.value_or(-1) < job.tensors[b].layer.value_or(-1);
+  });
+  for (const InputTensor& tensor : job.tensors) {
+    total_bytes_ += static_cast<int64_t>(tensor.bytes.size());
+  }
+}
+
+grpc::ByteBuffer RequestFrames::Begin(size_t max_response_chunk_bytes) const {
+  v1::CompressRequest request;
+  v1::Begin& begin = *request.mutable_begin();
+  begin = job_.begin;
+  begin.set_max_chunk_bytes(static_cast<int32_t>(max_response_chunk_bytes));
+  begin.clear_tensors();
+  for (const uint32_t index : order_) {
+    const InputTensor& tensor = job_.tensors[index];
+    v1::TensorDescriptor& descriptor = *begin.add_tensors();
+    descriptor.set_id(index + 1);
+    descriptor.set_kind(tensor.kind);
+    if (tensor.layer.has_value()) descriptor.set_layer(*tensor.layer);
+    descriptor.set_dtype(tensor.dtype);
+    descriptor.set_byte_size(static_cast<int64_t>(tensor.bytes.size()));
+    descriptor.mutable_dims()->Add(tensor.dims.begin(), tensor.dims.end());
+    descriptor.set_scale_granularity(tensor.scale_granularity);
+  }
+  return wire::EncodeMessage(request);
+}
+
+bool RequestFrames::Next(grpc::ByteBuffer& frame) {
+  if (ended_) return false;
+  if (next_tensor_ < order_.size()) {
+    frame = NextChunk();
+    return true;
+  }
+  v1::CompressRequest request;
+  request.mutable_end()->set_num_tensors(static_cast<int32_t>(order_.size()));
+  frame = wire::EncodeMessage(request);
+  ended_ = true;
+  return true;
+}
+
+grpc::ByteBuffer RequestFrames::NextChunk() {
+  const uint32_t index = order_[next_tensor_];
+  const absl::Span<const std::byte> bytes = job_.tensors[index].bytes;
+  const size_t size = std::min(chunk_bytes_, bytes.size() - offset_);
+  const std::byte* data = bytes.data() + offset_;
+
+  wire::ChunkHeader header;
+  header.tensor = index + 1;
+  header.offset = offset_;
+  header.crc32c = wire::Crc32c(data, size);
+  header.last = offset_ + size == bytes.size();
+  tensor_crc_ = wire::Crc32cCombine(tensor_crc_, header.crc32c, size);
+  header.tensor_crc32c = tensor_crc_;
+
+  offset_ += size;
+  sent_bytes_.fetch_add(static_cast<int64_t>(size), std::memory_order_relaxed);
+  if (header.last) {
+    ++next_tensor_;
+    offset_ = 0;
+    tensor_crc_ = 0;
+  }
+  return wire::EncodeChunk(header, data, size, lease_);
+}
+
+}  // namespace dynsplit

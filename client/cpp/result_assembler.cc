@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "client/cpp/result_assembler.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/wire/crc32c.h"
+#include "proto/wire/status.h"
+
+namespace dynsplit {
+namespace {
+
+template <typename... Parts>
+absl::Status Protocol(const Parts&... parts) {
+  return absl::InternalError(absl::StrCat("server broke the protocol: ", parts...));
+}
+
+}  // namespace
+
+const OutputTensor* FindTensor(absl::Span<const OutputTensor> tensors, v1::TensorKind kind) {
+  for (const OutputTensor& tensor : tensors) {
+    if (tensor.descriptor.kind() == kind) return &tensor;
+  }
+  return nullptr;
+}
+
+absl::Status ResultAssembler::Take(const wire::Frame& frame) {
+  if (ended_) return Protocol("message after the end");
+  return frame.is_chunk() ? TakeChunk(frame) : TakeControl(frame);
+}
+
+absl::Status ResultAssembler::TakeControl(const wire::Frame& frame) {
+  v1::CompressResponse response;
+  if (absl::Status status = frame.ParseControl(&response); !status.ok()) {
+    return Protocol(status.message());
+  }
+  if (response.has_accepted() == accepted_) return Protocol("accepted must come first, and once");
+  if (!open_.empty()) return Protocol(open_.size(), " tensors are not complete");
+  if (response.has_accepted()) {
+    accepted_ = true;
+    result_.accepted = std::move(*response.mutable_accepted());
+    return absl::OkStatus();
+  }
+  if (response.has_sequence()) {
+    if (sequence_ || last_layer_ >= 0) return Protocol("sequence must come before layers, once");
+    sequence_ = true;
+    result_.sequence = std::move(*response.mutable_sequence());
+    return Announce(result_.sequence.tensors(), result_.sequence_tensors);
+  }
+  if (response.has_layer()) return TakeLayer(std::move(*response.mutable_layer()));
+  // A message that this version does not know is passed over.
+  if (!response.has_end()) return absl::OkStatus();
+  ended_ = true;
+  result_.end = std::move(*response.mutable_end());
+  return absl::OkStatus();
+}
+
+absl::Status ResultAssembler::TakeLayer(v1::LayerResult layer) {
+  if (layer.plan().layer() <= last_layer_) {
+    return Protocol("layer ", layer.plan().layer(), " after layer ", last_layer_);
+  }
+  last_layer_ = layer.plan().layer();
+  layer_.result = std::move(layer);
+  layer_.tensors.clear();
+  layer_open_ = true;
+  if (absl::Status status = Announce(layer_.result.tensors(), layer_.tensors); !status.ok()) {
+    return status;
+  }
+  return open_.empty() ? DeliverLayer() : absl::OkStatus();
+}
+
+absl::Status ResultAssembler::Announce(
+    const google::protobuf::RepeatedPtrField<v1::TensorDescriptor>& descriptors,
+    std::vector<OutputTensor>& tensors) {
+  tensors.reserve(static_cast<size_t>(descriptors.size()));  // open_ points into it
+  for (const v1::TensorDescriptor& descriptor : descriptors) {
+    const int64_t size = descriptor.byte_size();
+    if (descriptor.has_location()) continue;  // not in this stream
+    if (size < 1) return Protocol("tensor ", descriptor.id(), " has ", size, " bytes");
+    if (size > max_result_bytes_ - announced_bytes_) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("result is larger than max_result_bytes, ", max_result_bytes_));
+    }
+    announced_bytes_ += size;
+    auto data = AlignedBuffer::Allocate(static_cast<size_t>(size));
+    if (!data.ok()) return data.status();
+    tensors.push_back({descriptor, *std::move(data)});
+    if (!open_.emplace(descriptor.id(), OpenTensor{&tensors.back()}).second) {
+      return Protocol("tensor id ", descriptor.id(), " occurs twice");
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResultAssembler::TakeChunk(const wire::Frame& frame) {
+  const wire::ChunkHeader& header = frame.header();
+  const auto found = open_.find(header.tensor);
+  if (found == open_.end()) return Protocol("chunk of tensor ", header.tensor, ", not announced");
+  OpenTensor& open = found->second;
+  AlignedBuffer& data = open.tensor->data;
+  if (header.offset != open.received || frame.data_size() > data.size() - open.received) {
+    return Protocol("chunk of ", frame.data_size(), " bytes at offset ", header.offset,
+                    " of tensor ", header.tensor, ", which has ", open.received, " of ",
+                    data.size());
+  }
+  if (absl::Status status = frame.CopyTo(data.data() + open.received); !status.ok()) return status;
+  open.received += frame.data_size();
+  open.crc32c = wire::Crc32cCombine(open.crc32c, header.crc32c, frame.data_size());
+  result_.received_bytes += static_cast<int64_t>(frame.data_size());
+  const bool complete = open.received == data.size();
+  if (header.last != complete) return Protocol("'last' of tensor ", header.tensor, " is wrong");
+  if (!complete) return absl::OkStatus();
+  if (open.crc32c != header.tensor_crc32c) {
+    return wire::ChecksumMismatch(header.tensor, 0, "whole tensor", header.tensor_crc32c,
+                                  open.crc32c);
+  }
+  open_.erase(found);
+  return open_.empty() && layer_open_ ? DeliverLayer() : absl::OkStatus();
+}
+
+absl::Status ResultAssembler::DeliverLayer() {
+  ++num_layers_;
+  layer_open_ = false;
+  if (job_.on_layer) return job_.on_layer(std::exchange(layer_, {}));
+  result_.layers.push_back(std::exchange(layer_, {}));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CompressResult> ResultAssembler::Finish() && {
+  if (!ended_) return Protocol("the stream ended without an end message");
+  return std::move(result_);
+}
+
+}  // namespace dynsplit
