@@ -57,7 +57,9 @@ struct SequenceSpec {
 };
 
 // Checks that `supply` carries the evidence the policy needs; with allow_fallback replaces the
-// policy by its preset's fallback and says so. FAILED_PRECONDITION EVIDENCE_MISSING otherwise.
+// policy's choices by those of its preset's fallback and says so; what the caller asked for in
+// budget, protection, encoding, positions and quality stays. FAILED_PRECONDITION EVIDENCE_MISSING
+// otherwise, and where a quality floor lacks the tensors it is measured on.
 absl::Status ResolveEvidence(SequenceSpec& spec);
 // Evidence that `spec` will use (after ResolveEvidence).
 Evidence UsedEvidence(const SequenceSpec& spec);
@@ -73,6 +75,8 @@ struct SequenceContext {
   Buffer protected_host, protected_device;  // uint8 [T]
   Buffer rotation_host, rotation_device;
   RotationTable rotation;  // rotary_dim 0 unless positions are contiguous
+  // Recency only: float [rows, T] then [rows, B], strictly ascending along tokens and blocks.
+  Buffer recency_host, recency_device;
 };
 // `token_ids` may be empty when the segmentation reads none (kNone, kFixed).
 absl::StatusOr<std::unique_ptr<SequenceContext>> PrepareSequence(SequenceSpec spec,
@@ -97,14 +101,17 @@ struct LayerTensors {
 // Refuses NaN and infinity in keys, values, queries: INVALID_ARGUMENT naming layer, tensor, token.
 absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream);
 
+// Empty (groups == 0) for layers that keep everything: nothing is scored there.
 struct LayerScores {
   int32_t groups = 0;
-  Buffer token_scores;  // float [groups, T]; empty for block-scored methods
+  Buffer token_scores;  // float [groups, T]; empty for block-scored methods and one-token blocks
   Buffer block_scores;  // float [groups, B]
 };
+// Scores may refer to memory of `context` and `tensors`, which must outlive them.
 absl::StatusOr<LayerScores> ScoreLayer(const SequenceContext& context, const LayerTensors& tensors,
                                        Backend& backend, Stream& stream);
-// total += scores (Scope::kGlobal); an empty total takes the scores.
+// total += scores (Scope::kGlobal); an empty total takes the scores, empty scores add nothing. Sums
+// depend on the order: callers add ascending layers.
 absl::Status AccumulateScores(const SequenceContext& context, LayerScores scores,
                               LayerScores& total, Backend& backend, Stream& stream);
 
@@ -113,7 +120,8 @@ struct LayerDecision {
   Buffer kept_host;  // int32 [groups, num_kept]: what `kept` was made from, kept alive with it
   Buffer kept;       // the same on the device
 };
-// `min_num_kept` > 0 raises the budget (quality floor).
+// `min_num_kept` > 0 raises the budget (quality floor): tokens, or blocks in whole-block mode.
+// A layer that keeps everything gets one group, whatever the scope.
 absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const LayerScores& scores,
                                         int32_t layer, int64_t min_num_kept, Backend& backend,
                                         Stream& stream);

@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Stages 4 and 5, what happens and in which bits: kept rows -> uniform pages; block summaries.
+#include "server/pipeline/compress.h"
+#include "server/pipeline/stage_inputs.h"
+
+namespace dynsplit {
+namespace {
+
+constexpr int64_t kScaleBytes = 4;
+
+int64_t NumPages(const SequenceSpec& spec, int64_t num_kept) {
+  return (num_kept + spec.policy.page_size - 1) / spec.policy.page_size;
+}
+
+DType SummaryDType(DType keys) { return IsQuantized(keys) ? DType::kFloat32 : keys; }
+
+// Where the pages of K or V go.
+struct PageOutput {
+  DType dtype = DType::kBFloat16;
+  ScaleGranularity scale_granularity = ScaleGranularity::kHead;
+  Buffer pages;
+  Buffer scales;
+};
+
+absl::StatusOr<PageOutput> Gather(const SequenceContext& context, const LayerDecision& decision,
+                                  const TensorView& source, EncodingPolicy::Format format,
+                                  const RotationTable& rotation, Backend& backend, Stream& stream) {
+  const SequenceSpec& spec = context.spec;
+  const int64_t num_slots = NumPages(spec, decision.plan.num_kept) * spec.policy.page_size;
+  PageOutput out;
+  out.dtype = OutputDType(source.dtype, format, rotation.rotary_dim > 0);
+  out.scale_granularity = OutputScaleGranularity(spec, format);
+  const int64_t row_elements = int64_t{spec.shape.num_kv_heads} * spec.shape.head_dim;
+  absl::StatusOr<Buffer> pages =
+      backend.Allocate(num_slots * row_elements * DTypeBytes(out.dtype), stream);
+  if (!pages.ok()) return pages.status();
+  out.pages = *std::move(pages);
+  if (IsQuantized(out.dtype)) {
+    const int64_t num_rows = out.scale_granularity == ScaleGranularity::kHead ? 1 : num_slots;
+    absl::StatusOr<Buffer> scales =
+        backend.Allocate(num_rows * spec.shape.num_kv_heads * kScaleBytes, stream);
+    if (!scales.ok()) return scales.status();
+    out.scales = *std::move(scales);
+  }
+  const GatherPagesParams params = {.source = source,
+                                    .kept = decision.kept.as<int32_t>(),
+                                    .groups = decision.plan.groups,
+                                    .num_kept = decision.plan.num_kept,
+                                    .page_size = spec.policy.page_size,
+                                    .format = format,
+                                    .scale_granularity = out.scale_granularity,
+                                    .out_dtype = out.dtype,
+                                    .rotation = rotation,
+                                    .pages = out.pages.data(),
+                                    .scales = out.scales.as<float>()};
+  if (auto status = backend.GatherPages(params, stream); !status.ok()) return status;
+  return out;
+}
+
+// Bounds of each block for the consumer's own selection; means where it ranks by them.
+absl::Status Summarize(const SequenceContext& context, const TensorView& keys, LayerPages& pages,
+                       Backend& backend, Stream& stream) {
+  pages.summary_dtype = SummaryDType(keys.dtype);
+  const SequenceShape& shape = context.spec.shape;
+  const int64_t summary_bytes = context.segmentation.num_blocks() * shape.num_kv_heads *
+                                shape.head_dim * DTypeBytes(pages.summary_dtype);
+  const bool wants_mean =
+      context.spec.policy.scoring.method == ScoringPolicy::Method::kBlockMeanKey;
+  for (Buffer* summary : {&pages.block_min, &pages.block_max, &pages.block_mean}) {
+    if (summary == &pages.block_mean && !wants_mean) continue;
+    absl::StatusOr<Buffer> buffer = backend.Allocate(summary_bytes, stream);
+    if (!buffer.ok()) return buffer.status();
+    *summary = *std::move(buffer);
+  }
+  const SummarizeBlocksParams params = {.keys = keys,
+                                        .block_starts = context.block_starts.as<int32_t>(),
+                                        .num_blocks = context.segmentation.num_blocks(),
+                                        .out_dtype = pages.summary_dtype,
+                                        .min = pages.block_min.data(),
+                                        .max = pages.block_max.data(),
+                                        .mean = pages.block_mean.data()};
+  return backend.SummarizeBlocks(params, stream);
+}
+
+}  // namespace
+
+absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const LayerDecision& decision,
+                                      const LayerTensors& tensors, Backend& backend,
+                                      Stream& stream) {
+  const EncodingPolicy& encoding = context.spec.policy.encoding;
+  absl::StatusOr<PageOutput> keys =
+      Gather(context, decision, tensors.keys, encoding.key, context.rotation, backend, stream);
+  if (!keys.ok()) return keys.status();
+  absl::StatusOr<PageOutput> values =
+      Gather(context, decision, tensors.values, encoding.value, RotationTable(), backend, stream);
+  if (!values.ok()) return values.status();
+  LayerPages pages;
+  pages.num_kept = decision.plan.num_kept;
+  pages.num_pages = NumPages(context.spec, pages.num_kept);
+  pages.key_dtype = keys->dtype;
+  pages.value_dtype = values->dtype;
+  pages.key_scale_granularity = keys->scale_granularity;
+  pages.value_scale_granularity = values->scale_granularity;
+  pages.key_pages = std::move(keys->pages);
+  pages.value_pages = std::move(values->pages);
+  pages.key_scales = std::move(keys->scales);
+  pages.value_scales = std::move(values->scales);
+  if (context.spec.policy.transform == Transform::kIndex) {
+    auto status = Summarize(context, tensors.keys, pages, backend, stream);
+    if (!status.ok()) return status;
+  }
+  return pages;
+}
+
+int64_t LayerOutputBytes(const SequenceSpec& spec, int64_t num_kept, int64_t num_blocks) {
+  const OutputCost cost = OutputCostOf(spec);
+  int64_t bytes = cost.bytes_per_layer + NumPages(spec, num_kept) * cost.bytes_per_page;
+  if (spec.policy.transform == Transform::kIndex) {
+    const int64_t num_summaries =
+        spec.policy.scoring.method == ScoringPolicy::Method::kBlockMeanKey ? 3 : 2;
+    bytes += num_summaries * num_blocks * spec.shape.num_kv_heads * spec.shape.head_dim *
+             DTypeBytes(SummaryDType(spec.key_dtype));
+  }
+  return bytes;
+}
+
+}  // namespace dynsplit
