@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/device_memory.h"
+
+#include <algorithm>
+#include <bit>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "cuda/cuda_status.h"
+#include "server/pipeline/errors.h"
+
+namespace dynsplit {
+namespace {
+
+constexpr int64_t kRetryAfterMs = 100;
+constexpr int64_t kSmallestClassBytes = 4096;
+
+absl::Status Exhausted(std::string_view what, int64_t wanted, int64_t in_use, int64_t limit) {
+  return RetryLater(
+      absl::StatusCode::kResourceExhausted,
+      absl::StrCat(absl::string_view(what.data(), what.size()), ": ", wanted, " bytes wanted, ",
+                   in_use, " in use; the limit is ", limit),
+      kRetryAfterMs);
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<StreamHandle>> StreamHandle::Create(int device) {
+  absl::Status status = CudaStatus(cudaSetDevice(device), "cudaSetDevice");
+  if (!status.ok()) return status;
+  cudaStream_t stream = nullptr;
+  status = CudaStatus(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
+                      "cudaStreamCreateWithFlags");
+  if (!status.ok()) return status;
+  return std::shared_ptr<StreamHandle>(new StreamHandle(device, stream));
+}
+
+StreamHandle::~StreamHandle() {
+  if (cudaSetDevice(device_) == cudaSuccess) (void)cudaStreamDestroy(stream_);
+}
+
+absl::StatusOr<std::shared_ptr<DevicePool>> DevicePool::Create(int device, int64_t limit_bytes) {
+  cudaMemPoolProps properties = {};
+  properties.allocType = cudaMemAllocationTypePinned;
+  properties.handleTypes = cudaMemHandleTypeNone;
+  properties.location.type = cudaMemLocationTypeDevice;
+  properties.location.id = device;
+  cudaMemPool_t pool = nullptr;
+  absl::Status status = CudaStatus(cudaMemPoolCreate(&pool, &properties), "cudaMemPoolCreate");
+  if (!status.ok()) return status;
+  std::shared_ptr<DevicePool> owner(new DevicePool(device, limit_bytes, pool));
+  uint64_t keep_all = std::numeric_limits<uint64_t>::max();
+  status = CudaStatus(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all),
+                      "cudaMemPoolSetAttribute");
+  if (!status.ok()) return status;
+  return owner;
+}
+
+DevicePool::~DevicePool() {
+  if (cudaSetDevice(device_) == cudaSuccess) (void)cudaMemPoolDestroy(pool_);
+}
+
+cudaError_t DevicePool::AllocateFromPool(void** data, int64_t size_bytes, cudaStream_t stream) {
+  const auto size = static_cast<size_t>(size_bytes);
+  cudaError_t error = cudaMallocFromPoolAsync(data, size, pool_, stream);
+  if (error != cudaErrorMemoryAllocation) return error;
+  // The pool may hold memory it cannot join; give that back and try once more.
+  (void)cudaGetLastError();
+  error = cudaMemPoolTrimTo(pool_, 0);
+  if (error == cudaSuccess) error = cudaMallocFromPoolAsync(data, size, pool_, stream);
+  if (error == cudaErrorMemoryAllocation) (void)cudaGetLastError();
+  return error;
+}
+
+absl::StatusOr<Buffer> DevicePool::Allocate(int64_t size_bytes,
+                                            std::shared_ptr<StreamHandle> stream) {
+  if (size_bytes <= 0) return Buffer();
+  const int64_t before = in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
+  if (size_bytes > limit_bytes_ - before) {
+    in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+    return Exhausted("device memory", size_bytes, before, limit_bytes_);
+  }
+  void* memory = nullptr;
+  const cudaError_t error = AllocateFromPool(&memory, size_bytes, stream->get());
+  if (error != cudaSuccess) {
+    in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+    if (error == cudaErrorMemoryAllocation) {
+      return Exhausted("device memory (the device has no more)", size_bytes, before, limit_bytes_);
+    }
+    return CudaStatus(error, "cudaMallocFromPoolAsync");
+  }
+  auto* data = static_cast<std::byte*>(memory);
+  {
+    absl::MutexLock lock(&mu_);
+    owners_[data] = std::move(stream);
+  }
+  return Buffer(data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
+    self->Free(p, size);
+  });
+}
+
+void DevicePool::FreeOn(const Buffer& buffer, std::shared_ptr<StreamHandle> stream) {
+  absl::MutexLock lock(&mu_);
+  const auto owner = owners_.find(buffer.data());
+  if (owner != owners_.end()) owner->second = std::move(stream);
+}
+
+void DevicePool::Free(std::byte* data, int64_t size_bytes) {
+  std::shared_ptr<StreamHandle> stream;
+  {
+    absl::MutexLock lock(&mu_);
+    auto node = owners_.extract(data);
+    if (!node.empty()) stream = std::move(node.mapped());
+  }
+  if (stream != nullptr && cudaSetDevice(device_) == cudaSuccess) {
+    (void)cudaFreeAsync(data, stream->get());
+  }
+  in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+}
+
+std::shared_ptr<PinnedCache> PinnedCache::Create(int device, int64_t limit_bytes) {
+  if (limit_bytes <= 0) limit_bytes = std::numeric_limits<int64_t>::max();
+  return std::shared_ptr<PinnedCache>(new PinnedCache(device, limit_bytes));
+}
+
+PinnedCache::~PinnedCache() {
+  absl::MutexLock lock(&mu_);
+  ReleaseFreeBlocks();
+}
+
+int64_t PinnedCache::ClassBytes(int64_t size_bytes) {
+  const int64_t size = std::max(size_bytes, kSmallestClassBytes);
+  const int64_t step =
+      static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(size))) / 4;  // four an octave
+  return (size + step - 1) / step * step;
+}
+
+void PinnedCache::ReleaseFreeBlocks() {
+  if (free_.empty() || cudaSetDevice(device_) != cudaSuccess) return;
+  for (const auto& [class_bytes, blocks] : free_) {
+    for (std::byte* block : blocks) {
+      (void)cudaFreeHost(block);
+      pinned_bytes_ -= class_bytes;
+    }
+  }
+  free_.clear();
+}
+
+absl::StatusOr<std::byte*> PinnedCache::Take(int64_t class_bytes) {
+  absl::MutexLock lock(&mu_);
+  const auto cached = free_.find(class_bytes);
+  if (cached != free_.end()) {
+    std::byte* const block = cached->second.back();
+    cached->second.pop_back();
+    if (cached->second.empty()) free_.erase(cached);
+    return block;
+  }
+  if (class_bytes > limit_bytes_ - pinned_bytes_) ReleaseFreeBlocks();
+  if (class_bytes > limit_bytes_ - pinned_bytes_) {
+    return Exhausted("pinned host memory", class_bytes, pinned_bytes_, limit_bytes_);
+  }
+  absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
+  if (!status.ok()) return status;
+  void* memory = nullptr;
+  const cudaError_t error =
+      cudaHostAlloc(&memory, static_cast<size_t>(class_bytes), cudaHostAllocPortable);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();
+    return Exhausted("pinned host memory (the host has no more)", class_bytes, pinned_bytes_,
+                     limit_bytes_);
+  }
+  if (error != cudaSuccess) return CudaStatus(error, "cudaHostAlloc");
+  pinned_bytes_ += class_bytes;
+  return static_cast<std::byte*>(memory);
+}
+
+void PinnedCache::Return(std::byte* data, int64_t class_bytes) {
+  absl::MutexLock lock(&mu_);
+  free_[class_bytes].push_back(data);
+}
+
+absl::StatusOr<Buffer> PinnedCache::Allocate(int64_t size_bytes) {
+  if (size_bytes <= 0) return Buffer();
+  absl::StatusOr<std::byte*> data = Take(ClassBytes(size_bytes));
+  if (!data.ok()) return data.status();
+  in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
+  return Buffer(*data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
+    self->Return(p, ClassBytes(size));
+    self->in_use_bytes_.fetch_sub(size, std::memory_order_relaxed);
+  });
+}
+
+}  // namespace dynsplit

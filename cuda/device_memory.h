@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Owners of CUDA memory and streams. All classes are thread-safe; objects shared with live buffers
+// stay alive until the last of those is gone, so owners may be destroyed in any order. Destructors
+// ignore errors: at process exit the driver may be gone before them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "server/pipeline/backend.h"
+
+namespace dynsplit {
+
+// A non-blocking stream, shared by the Stream object and the buffers that are freed in its order.
+class StreamHandle {
+ public:
+  static absl::StatusOr<std::shared_ptr<StreamHandle>> Create(int device);
+  ~StreamHandle();
+  StreamHandle(const StreamHandle&) = delete;
+  StreamHandle& operator=(const StreamHandle&) = delete;
+
+  int device() const { return device_; }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  StreamHandle(int device, cudaStream_t stream) : device_(device), stream_(stream) {}
+
+  const int device_;
+  const cudaStream_t stream_;
+};
+
+// Stream-ordered device memory from a pool of our own, capped by the bytes in live buffers.
+class DevicePool : public std::enable_shared_from_this<DevicePool> {
+ public:
+  static absl::StatusOr<std::shared_ptr<DevicePool>> Create(int device, int64_t limit_bytes);
+  ~DevicePool();
+  DevicePool(const DevicePool&) = delete;
+  DevicePool& operator=(const DevicePool&) = delete;
+
+  // RESOURCE_EXHAUSTED beyond the cap, or when the device has no more.
+  absl::StatusOr<Buffer> Allocate(int64_t size_bytes, std::shared_ptr<StreamHandle> stream);
+  // From now on `buffer` is freed in the order of `stream`, which uses it last. No effect on
+  // buffers of others.
+  void FreeOn(const Buffer& buffer, std::shared_ptr<StreamHandle> stream);
+
+  int64_t limit_bytes() const { return limit_bytes_; }
+  int64_t bytes_in_use() const { return in_use_bytes_.load(std::memory_order_relaxed); }
+
+ private:
+  DevicePool(int device, int64_t limit_bytes, cudaMemPool_t pool)
+      : device_(device), limit_bytes_(limit_bytes), pool_(pool) {}
+  cudaError_t AllocateFromPool(void** data, int64_t size_bytes, cudaStream_t stream);
+  void Free(std::byte* data, int64_t size_bytes);
+
+  const int device_;
+  const int64_t limit_bytes_;
+  const cudaMemPool_t pool_;
+  std::atomic<int64_t> in_use_bytes_ = 0;
+  absl::Mutex mu_;
+  absl::flat_hash_map<const std::byte*, std::shared_ptr<StreamHandle>> owners_ ABSL_GUARDED_BY(mu_);
+};
+
+// Pinned host memory behind a cache of size classes: pinning costs as much as copying, so blocks
+// are pinned once and reused.
+class PinnedCache : public std::enable_shared_from_this<PinnedCache> {
+ public:
+  // limit_bytes 0 = no limit.
+  static std::shared_ptr<PinnedCache> Create(int device, int64_t limit_bytes);
+  ~PinnedCache();
+  PinnedCache(const PinnedCache&) = delete;
+  PinnedCache& operator=(const PinnedCache&) = delete;
+
+  absl::StatusOr<Buffer> Allocate(int64_t size_bytes);
+  int64_t bytes_in_use() const { return in_use_bytes_.load(std::memory_order_relaxed); }
+
+  // Size that a request is rounded up to: at most a quarter more, at least 4 KiB.
+  static int64_t ClassBytes(int64_t size_bytes);
+
+ private:
+  PinnedCache(int device, int64_t limit_bytes) : device_(device), limit_bytes_(limit_bytes) {}
+  absl::StatusOr<std::byte*> Take(int64_t class_bytes);
+  void Return(std::byte* data, int64_t class_bytes);
+  void ReleaseFreeBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  const int device_;
+  const int64_t limit_bytes_;
+  std::atomic<int64_t> in_use_bytes_ = 0;
+  absl::Mutex mu_;
+  std::map<int64_t, std::vector<std::byte*>> free_ ABSL_GUARDED_BY(mu_);
+  int64_t pinned_bytes_ ABSL_GUARDED_BY(mu_) = 0;  // cached and in use
+};
+
+}  // namespace dynsplit
