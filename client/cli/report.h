@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a compression did, for people and for scripts.
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "absl/status/status.h"
+#include "client/cpp/capture.h"
+#include "client/cpp/job.h"
+
+namespace dynsplit::cli {
+
+// "dynsplit: dynamic(14±6), window-queries, uniform 25.0 %, evict, layer"
+std::string DescribePolicy(const v1::Policy& policy);
+
+// A table of the layers, then totals.
+std::string HumanReport(const v1::Plan& plan, const v1::Receipt& receipt);
+
+// The messages of a result, tensors left out. NaN becomes null.
+nlohmann::json JsonReport(const CompressResult& result);
+nlohmann::json ToJson(const google::protobuf::Message& message);
+
+// One entry of the demo's summary.
+nlohmann::json SummaryEntry(const Capture& capture, const CompressResult& result);
+// Puts the entry under `key` into the JSON object in the file, which is made if absent, and
+// replaces the file atomically. INVALID_ARGUMENT where the file holds anything else.
+absl::Status MergeSummary(const std::string& path, const std::string& key,
+                          const nlohmann::json& entry);
+// All entries of the file, one column each.
+absl::StatusOr<std::string> SummaryTable(const std::string& path);
+
+}  // namespace dynsplit::cli
