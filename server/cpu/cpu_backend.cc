@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/cpu/cpu_backend.h"
+
+#include <hwy/targets.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <thread>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "server/cpu/decode.h"
+#include "server/cpu/operations.h"
+
+namespace dynsplit {
+namespace {
+
+using cpu::MemoryPool;
+using cpu::Workspace;
+
+class CpuStream final : public Stream {
+ public:
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(int num_threads, int64_t memory_limit_bytes)
+      : threads_(num_threads), memory_(MemoryPool::Create(memory_limit_bytes)) {
+    info_.name = "cpu";
+    info_.device = absl::StrCat(cpu::VectorTargetName(), ", ", num_threads, " threads");
+    info_.memory_bytes = memory_limit_bytes > 0
+                             ? memory_limit_bytes
+                             : int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  }
+
+  const BackendInfo& info() const override { return info_; }
+  absl::Status Healthy() const override { return absl::OkStatus(); }
+
+  absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override {
+    return std::make_unique<CpuStream>();
+  }
+  absl::StatusOr<Buffer> Allocate(int64_t size_bytes, Stream& /*stream*/) override {
+    return memory_->Allocate(size_bytes, MemoryPool::Kind::kDevice);
+  }
+  absl::StatusOr<Buffer> AllocateHost(int64_t size_bytes) override {
+    return memory_->Allocate(size_bytes, MemoryPool::Kind::kHost);
+  }
+  absl::StatusOr<Buffer> ToDevice(const Buffer& host, Stream& /*stream*/) override {
+    return Buffer(host.data(), host.size_bytes(), nullptr);
+  }
+  absl::StatusOr<Buffer> ToHost(Buffer device, Stream& /*stream*/) override { return device; }
+  int64_t device_bytes_in_use() const override {
+    return memory_->bytes_in_use(MemoryPool::Kind::kDevice);
+  }
+  int64_t host_bytes_in_use() const override {
+    return memory_->bytes_in_use(MemoryPool::Kind::kHost);
+  }
+
+  absl::Status ScoreWindow(const ScoreWindowParams& params, Stream& /*stream*/) override {
+    return cpu::ScoreWindow(params, workspace());
+  }
+  absl::Status ScoreKeys(const ScoreKeysParams& params, Stream& /*stream*/) override {
+    return cpu::ScoreKeys(params, workspace());
+  }
+  absl::Status ReduceRows(const ReduceRowsParams& params, Stream& /*stream*/) override {
+    return cpu::ReduceRows(params, workspace());
+  }
+  absl::Status ReduceBlocks(const ReduceBlocksParams& params, Stream& /*stream*/) override {
+    return cpu::ReduceBlocks(params, workspace());
+  }
+  absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, Stream& /*stream*/) override {
+    return cpu::SummarizeBlocks(params, workspace());
+  }
+  absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& /*stream*/) override {
+    return cpu::ScoreBlocks(params, workspace());
+  }
+  absl::Status SelectTokens(const SelectTokensParams& params, Stream& /*stream*/) override {
+    return cpu::SelectTokens(params, workspace());
+  }
+  absl::Status GatherPages(const GatherPagesParams& params, Stream& /*stream*/) override {
+    return cpu::GatherPages(params, workspace());
+  }
+  absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& /*stream*/) override {
+    return cpu::MeasureAttention(params, workspace());
+  }
+  absl::Status MeasureSpans(const MeasureSpansParams& params, Stream& /*stream*/) override {
+    return cpu::MeasureSpans(params, workspace());
+  }
+  absl::Status CheckFinite(const CheckFiniteParams& params, Stream& /*stream*/) override {
+    return cpu::CheckFinite(params, workspace());
+  }
+
+ private:
+  Workspace workspace() { return {threads_, *memory_}; }
+
+  BackendInfo info_;  // constant after construction
+  cpu::ThreadPool threads_;
+  const std::shared_ptr<MemoryPool> memory_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuOptions& options) {
+  if (options.num_threads < 0 || options.num_threads > 4096) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_threads is ", options.num_threads, "; must be in [0, 4096]"));
+  }
+  if (options.memory_limit_bytes < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("memory_limit_bytes is ", options.memory_limit_bytes, "; must be >= 0"));
+  }
+  const int num_threads = options.num_threads > 0
+                              ? options.num_threads
+                              : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return std::make_unique<CpuBackend>(num_threads, options.memory_limit_bytes);
+}
+
+}  // namespace dynsplit

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "server/cpu/copy_rows.h"
+#include "server/cpu/decode.h"
+#include "server/cpu/operations.h"
+#include "server/cpu/row_math.h"
+#include "server/cpu/tensor.h"
+
+namespace dynsplit::cpu {
+namespace {
+
+constexpr int64_t kChunkBytes = int64_t{128} << 10;  // of output
+// Outputs beyond this leave the caches before anyone reads them: written around the caches, which
+// spares reading the lines first.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// An amax so small that the quotient is zero counts as zero.
+float ScaleOf(float amax, DType dtype) {
+  const float scale = amax / (dtype == DType::kInt8 ? 127.0F : 448.0F);
+  return scale == 0 ? 1.0F : scale;
+}
+
+class PageGatherer {
+ public:
+  PageGatherer(const GatherPagesParams& params, const Workspace& workspace)
+      : p_(params),
+        workspace_(workspace),
+        heads_(params.source.num_heads),
+        row_bytes_(params.source.head_dim * DTypeBytes(params.out_dtype)),
+        num_slots_(CeilDiv(params.num_kept, params.page_size) * params.page_size),
+        slots_per_chunk_(std::max<int64_t>(1, kChunkBytes / (heads_ * row_bytes_))) {}
+
+  absl::Status Run() {
+    const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
+    if (!encoded && p_.rotation.rotary_dim == 0) {
+      CopyScales();
+      ForChunks([this](int64_t begin, int64_t end, int /*slot*/) { CopySlots(begin, end); });
+      return absl::OkStatus();
+    }
+    auto scratch = workspace_.Scratch<float>(workspace_.threads.num_slots() * SlotFloats());
+    if (!scratch.ok()) return scratch.status();
+    scratch_ = *std::move(scratch);
+    if (encoded && p_.scale_granularity == ScaleGranularity::kHead) FindHeadScales();
+    ForChunks([this](int64_t begin, int64_t end, int slot) { EncodeSlots(begin, end, slot); });
+    return absl::OkStatus();
+  }
+
+ private:
+  template <typename F>
+  void ForChunks(F f) {
+    workspace_.threads.ParallelFor(NumChunks(), [&](int64_t chunk, int slot) {
+      f(chunk * slots_per_chunk_, std::min((chunk + 1) * slots_per_chunk_, num_slots_), slot);
+    });
+  }
+  int64_t NumChunks() const { return CeilDiv(num_slots_, slots_per_chunk_); }
+  int32_t TokenOf(int64_t slot, int32_t head) const {
+    return p_.kept[(p_.groups == 1 ? 0 : head) * p_.num_kept + slot];
+  }
+  std::byte* RowOf(int64_t slot, int32_t head) const {
+    return static_cast<std::byte*>(p_.pages) + (slot * heads_ + head) * row_bytes_;
+  }
+  bool ScalesPerToken(ScaleGranularity granularity) const {
+    return p_.scales != nullptr && granularity == ScaleGranularity::kTokenHead;
+  }
+  // Scratch of a thread: a row, its cosines and sines.
+  int64_t SlotFloats() const { return p_.source.head_dim + p_.rotation.rotary_dim + 16; }
+
+  void CopyScales();
+  void CopySlots(int64_t begin, int64_t end) const;
+  void FindHeadScales();
+  void EncodeSlots(int64_t begin, int64_t end, int slot) const;
+  // Decodes and turns the row of (slot, head) into this thread's scratch.
+  const float* LoadRow(int64_t slot, int32_t head, float* scratch) const;
+  void PadSlots(int64_t begin, int64_t end, bool scales_per_token) const;
+
+  const GatherPagesParams& p_;
+  const Workspace& workspace_;
+  const int32_t heads_;
+  const int64_t row_bytes_;
+  const int64_t num_slots_;
+  const int64_t slots_per_chunk_;
+  Buffer scratch_;
+};
+
+// Slots behind the last kept token: zero bytes, scale 1.
+void PageGatherer::PadSlots(int64_t begin, int64_t end, bool scales_per_token) const {
+  begin = std::max(begin, p_.num_kept);
+  if (begin >= end) return;
+  std::memset(RowOf(begin, 0), 0, static_cast<size_t>((end - begin) * heads_ * row_bytes_));
+  if (scales_per_token) std::fill(p_.scales + begin * heads_, p_.scales + end * heads_, 1.0F);
+}
+
+void PageGatherer::CopyScales() {
+  if (p_.scales == nullptr || p_.source.scale_granularity != ScaleGranularity::kHead) return;
+  std::copy(p_.source.scales, p_.source.scales + heads_, p_.scales);
+}
+
+void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
+  const bool scales_per_token = ScalesPerToken(p_.source.scale_granularity);
+  const int64_t last = std::min(end, p_.num_kept);
+  const bool whole_tokens = p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_;
+  const int32_t rows_per_slot = whole_tokens ? 1 : heads_;
+  const int64_t copy_bytes = whole_tokens ? heads_ * row_bytes_ : row_bytes_;
+  RowCopier copier(num_slots_ * heads_ * row_bytes_ >= kStreamBytes);
+  for (int64_t s = begin; s < last; ++s) {
+    for (int32_t h = 0; h < rows_per_slot; ++h) {
+      copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), copy_bytes, RowOf(s, h));
+    }
+    for (int32_t h = 0; scales_per_token && h < heads_; ++h) {
+      p_.scales[s * heads_ + h] = RowScale(p_.source, TokenOf(s, h), h);
+    }
+  }
+  PadSlots(begin, end, scales_per_token);
+}
+
+const float* PageGatherer::LoadRow(int64_t slot, int32_t head, float* scratch) const {
+  const int32_t token = TokenOf(slot, head);
+  DecodeRow(p_.source.dtype, RowAddress(p_.source, token, head), RowScale(p_.source, token, head),
+            p_.source.head_dim, scratch);
+  if (p_.rotation.rotary_dim > 0) {
+    float* cos = scratch + p_.source.head_dim;
+    float* sin = cos + p_.rotation.rotary_dim / 2;
+    // One kept set: all heads of a slot turn by the same angles.
+    if (p_.groups > 1 || head == 0) RotationAngles(p_.rotation, token - slot, cos, sin);
+    TurnBack(p_.rotation, cos, sin, scratch);
+  }
+  return scratch;
+}
+
+void PageGatherer::FindHeadScales() {
+  std::vector<float> amax(static_cast<size_t>(NumChunks() * heads_), 0.0F);
+  ForChunks([&](int64_t begin, int64_t end, int slot) {
+    float* scratch = scratch_.as<float>() + slot * SlotFloats();
+    float* chunk_amax = amax.data() + begin / slots_per_chunk_ * heads_;
+    for (int64_t s = begin; s < std::min(end, p_.num_kept); ++s) {
+      for (int32_t h = 0; h < heads_; ++h) {
+        const float* row = LoadRow(s, h, scratch);
+        chunk_amax[h] = std::max(chunk_amax[h], LargestMagnitude(row, p_.source.head_dim));
+      }
+    }
+  });
+  for (int32_t h = 0; h < heads_; ++h) {
+    float largest = 0;
+    for (int64_t chunk = 0; chunk < NumChunks(); ++chunk) {
+      largest = std::max(largest, amax[static_cast<size_t>(chunk * heads_ + h)]);
+    }
+    p_.scales[h] = ScaleOf(largest, p_.out_dtype);
+  }
+}
+
+void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {
+  const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
+  const bool scales_per_token = encoded && ScalesPerToken(p_.scale_granularity);
+  float* scratch = scratch_.as<float>() + slot * SlotFloats();
+  for (int64_t s = begin; s < std::min(end, p_.num_kept); ++s) {
+    for (int32_t h = 0; h < heads_; ++h) {
+      const float* row = LoadRow(s, h, scratch);
+      float scale = 1;
+      if (scales_per_token) {
+        scale = ScaleOf(LargestMagnitude(row, p_.source.head_dim), p_.out_dtype);
+        p_.scales[s * heads_ + h] = scale;
+      } else if (encoded) {
+        scale = p_.scales[h];
+      }
+      EncodeRow(p_.out_dtype, row, scale, p_.source.head_dim, RowOf(s, h));
+    }
+  }
+  PadSlots(begin, end, scales_per_token);
+}
+
+}  // namespace
+
+absl::Status GatherPages(const GatherPagesParams& params, const Workspace& workspace) {
+  return PageGatherer(params, workspace).Run();
+}
+
+}  // namespace dynsplit::cpu
