@@ -60,6 +60,7 @@ void ThreadPool::Work() {
     mu_.Await(absl::Condition(this, &ThreadPool::HasWorkOrStops));
     if (stopping_) return;
     Loop* loop = FindWork();
+    if (loop == nullptr) continue;  // its last chunk went in between: chunks are taken unlocked
     const int slot = loop->num_joined++;
     ++loop->num_inside;
     mu_.Unlock();
