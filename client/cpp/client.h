@@ -52,9 +52,9 @@ struct ClientOptions {
   // Most tensor bytes accepted in one response.
   int64_t max_result_bytes = int64_t{64} << 30;
   // Default: insecure.
-  std::shared_ptr<grpc::ChannelCredentials> credentials;
+  std::shared_ptr<grpc::ChannelCredentials> credentials = nullptr;
   // Sent as "authorization: Bearer ..." where not empty.
-  std::string bearer_token;
+  std::string bearer_token = {};
 };
 
 // Cancels the calls that carry it, now and later. Thread-safe.
