@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The whole server in one object: listeners, services, health, metrics, drain.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/notification.h"
+#include "server/pipeline/backend.h"
+#include "server/rpc/services.h"
+#include "server/runtime/http.h"
+
+namespace dynsplit::rpc {
+
+// Thread-safe.
+class Server {
+ public:
+  // Listens and serves. One sentence of error where an address is taken, a profile is broken, ...
+  // Requires: ValidateConfig(config) is OK.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerConfig config,
+                                                       std::unique_ptr<Backend> backend,
+                                                       std::string version);
+  ~Server();  // Shutdown() with nothing to wait for, where it was not called.
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+
+  int port() const { return port_; }  // TCP; 0 = none
+  int http_port() const { return http_ == nullptr ? 0 : http_->port(); }
+
+  // Graceful end. Health turns NOT_SERVING and /readyz 503; after pre_stop_delay new requests get
+  // UNAVAILABLE; requests in flight have drain_timeout to finish, the rest is cancelled. Blocks.
+  void Shutdown();
+
+  // OK, or the fault that made the device unusable.
+  absl::Status device_status() const { return backend_->Healthy(); }
+  Metrics::Live live() const;
+
+ private:
+  struct Listener;
+
+  Server(ServerConfig config, std::unique_ptr<Backend> backend);
+  absl::Status Listen(const std::string& address, bool unix_socket);
+  absl::Status ReadyStatus() const;
+  void SetServing(bool serving);
+  void WatchDevice();
+  void Stop(absl::Duration drain_timeout);
+
+  // Constant after Start. Destroyed in reverse: calls, then jobs, then what they use.
+  const ServerConfig config_;
+  const std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Metrics> metrics_;
+  std::unique_ptr<ProfileStore> profiles_;
+  std::unique_ptr<Admission> admission_;
+  std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Services> services_;
+  std::unique_ptr<HttpServer> http_;
+  std::vector<std::unique_ptr<Listener>> listeners_;
+  int port_ = 0;
+
+  // Self-synchronised.
+  std::atomic<bool> not_serving_ = false;  // draining, or about to
+  absl::Notification stopping_;
+  std::atomic<bool> stopped_ = false;
+  std::thread watcher_;
+};
+
+}  // namespace dynsplit::rpc

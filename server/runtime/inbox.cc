@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/runtime/inbox.h"
+
+#include "absl/strings/str_cat.h"
+#include "server/pipeline/errors.h"
+
+namespace dynsplit {
+
+Inbox::Inbox(std::span<const InputTensor> tensors, int32_t num_layers, int32_t max_open_layers)
+    : tensors_(tensors),
+      num_layers_(num_layers),
+      max_open_layers_(max_open_layers),
+      received_bytes_(tensors.size()),
+      num_missing_(Index(num_layers)) {
+  index_of_id_.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    index_of_id_.emplace(tensors[i].id, i);
+    if (tensors[i].layer == InputTensor::kWholeSequence) {
+      ++num_sequence_missing_;
+    } else {
+      ++num_missing_[Index(tensors[i].layer)];
+    }
+  }
+  while (lowest_incomplete_layer_ < num_layers_ && layer_complete(lowest_incomplete_layer_)) {
+    ++lowest_incomplete_layer_;
+  }
+}
+
+absl::StatusOr<size_t> Inbox::Check(const Chunk& chunk) const {
+  const auto found = index_of_id_.find(chunk.tensor);
+  if (found == index_of_id_.end()) {
+    return InvalidField("tensor", absl::StrCat("is ", chunk.tensor,
+                                               "; must be the id of a tensor of begin.tensors"));
+  }
+  const InputTensor& tensor = tensors_[found->second];
+  const auto received = static_cast<uint64_t>(received_bytes_[found->second]);
+  const auto total = static_cast<uint64_t>(tensor.byte_size);
+  if (received == total) {
+    return InvalidField("tensor",
+                        absl::StrCat("is ", chunk.tensor, "; that tensor is complete already"));
+  }
+  if (chunk.offset != received) {
+    return InvalidField("offset",
+                        absl::StrCat("is ", chunk.offset, " for tensor ", chunk.tensor,
+                                     "; chunks are ascending and gapless, next is ", received));
+  }
+  if (chunk.size > total - received) {
+    return InvalidField("data",
+                        absl::StrCat("ends at byte ", chunk.offset + chunk.size, " of tensor ",
+                                     chunk.tensor, "; byte_size is ", total));
+  }
+  if (chunk.last != (received + chunk.size == total)) {
+    return InvalidField("last", absl::StrCat("is ", chunk.last ? "true" : "false", " at byte ",
+                                             received + chunk.size, " of ", total, " of tensor ",
+                                             chunk.tensor, "; must mark the final chunk, only"));
+  }
+  if (tensor.layer != InputTensor::kWholeSequence) {
+    const int32_t lowest = sequence_complete() ? lowest_incomplete_layer_ : 0;
+    if (tensor.layer - lowest >= max_open_layers_) {
+      return InvalidField(
+          "max_open_layers",
+          absl::StrCat("is ", max_open_layers_, "; a chunk of layer ", tensor.layer, " came while ",
+                       sequence_complete()
+                           ? absl::StrCat("layer ", lowest, " is not complete")
+                           : std::string("tensors of the whole sequence are not complete")));
+    }
+  }
+  return found->second;
+}
+
+void Inbox::Add(size_t tensor_index, const Chunk& chunk) {
+  const InputTensor& tensor = tensors_[tensor_index];
+  received_bytes_[tensor_index] += static_cast<int64_t>(chunk.size);
+  if (received_bytes_[tensor_index] < tensor.byte_size) return;
+  ++num_complete_;
+  if (tensor.layer == InputTensor::kWholeSequence) {
+    --num_sequence_missing_;
+    return;
+  }
+  --num_missing_[Index(tensor.layer)];
+  while (lowest_incomplete_layer_ < num_layers_ && layer_complete(lowest_incomplete_layer_)) {
+    ++lowest_incomplete_layer_;
+  }
+}
+
+absl::Status Inbox::CheckEnd(int64_t num_tensors) const {
+  const auto declared = static_cast<int64_t>(tensors_.size());
+  if (num_tensors != declared) {
+    return InvalidField("end.num_tensors",
+                        absl::StrCat("is ", num_tensors, "; begin.tensors has ", declared));
+  }
+  if (num_complete_ == declared) return absl::OkStatus();
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    if (received_bytes_[i] == tensors_[i].byte_size) continue;
+    return InvalidField(tensors_[i].field, absl::StrCat("ended after ", received_bytes_[i], " of ",
+                                                        tensors_[i].byte_size, " bytes"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace dynsplit

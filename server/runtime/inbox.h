@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which bytes of a request have arrived: order, gaps, overlap and completeness. Bookkeeping only;
+// the bytes themselves are elsewhere.
+//
+// Chunks of one tensor come ascending and gapless, the final one marked last; tensors may
+// interleave. With lowest the lowest layer that is not complete (0 while a tensor of the whole
+// sequence is missing), a chunk may belong to layers below lowest + max_open_layers only: so that
+// layers which cannot leave yet never occupy more memory than was reserved.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/runtime/request_spec.h"
+
+namespace dynsplit {
+
+struct Chunk {
+  uint32_t tensor = 0;  // InputTensor::id
+  uint64_t offset = 0;  // bytes
+  uint64_t size = 0;    // bytes, > 0
+  bool last = false;
+};
+
+// Not thread-safe.
+class Inbox {
+ public:
+  // Requires: ids unique, layers in [0, num_layers) or kWholeSequence, sizes > 0. `tensors` must
+  // outlive the inbox.
+  Inbox(std::span<const InputTensor> tensors, int32_t num_layers, int32_t max_open_layers);
+
+  // Index of the tensor that the chunk continues. INVALID_ARGUMENT where it does not fit. Changes
+  // nothing.
+  absl::StatusOr<size_t> Check(const Chunk& chunk) const;
+  // Counts a chunk that passed Check.
+  void Add(size_t tensor_index, const Chunk& chunk);
+  // Everything must have arrived. INVALID_ARGUMENT naming what is missing.
+  absl::Status CheckEnd(int64_t num_tensors) const;
+
+  bool sequence_complete() const { return num_sequence_missing_ == 0; }
+  bool layer_complete(int32_t layer) const { return num_missing_[Index(layer)] == 0; }
+  int32_t lowest_incomplete_layer() const { return lowest_incomplete_layer_; }
+  bool all_complete() const {
+    return sequence_complete() && lowest_incomplete_layer_ == num_layers_;
+  }
+
+ private:
+  static size_t Index(int32_t layer) { return static_cast<size_t>(layer); }
+
+  std::span<const InputTensor> tensors_;
+  const int32_t num_layers_;
+  const int32_t max_open_layers_;
+  absl::flat_hash_map<uint32_t, size_t> index_of_id_;
+  std::vector<int64_t> received_bytes_;  // per tensor
+  std::vector<int32_t> num_missing_;     // per layer: tensors not complete
+  int64_t num_sequence_missing_ = 0;
+  int64_t num_complete_ = 0;
+  int32_t lowest_incomplete_layer_ = 0;
+};
+
+}  // namespace dynsplit

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/runtime/layer_work.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/pipeline/errors.h"
+
+namespace dynsplit {
+namespace {
+
+constexpr int64_t kStageAlignmentBytes = 64;
+
+int64_t AlignUp(int64_t bytes) {
+  return (bytes + kStageAlignmentBytes - 1) / kStageAlignmentBytes * kStageAlignmentBytes;
+}
+
+const char* KindName(TensorKind kind) {
+  switch (kind) {
+    case TensorKind::kKeyScales:
+      return "KEY_SCALES";
+    case TensorKind::kValueScales:
+      return "VALUE_SCALES";
+    case TensorKind::kLogSumExp:
+      return "LOG_SUM_EXP";
+    case TensorKind::kAccumulatedScores:
+      return "ACCUMULATED_SCORES";
+    default:
+      return "tensor";
+  }
+}
+
+absl::Status CheckFloats(const InputTensor& tensor, std::span<const float> values) {
+  const bool scales =
+      tensor.kind == TensorKind::kKeyScales || tensor.kind == TensorKind::kValueScales;
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (std::isfinite(values[i]) && (!scales || values[i] > 0)) continue;
+    return InvalidField(tensor.field,
+                        absl::StrCat(KindName(tensor.kind), " value ", i, " is ", values[i],
+                                     "; must be finite", scales ? " and > 0" : ""));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckInts(const RequestSpec& spec, const InputTensor& tensor,
+                       std::span<const int32_t> values) {
+  const int64_t num_tokens = spec.sequence.shape.num_tokens;
+  int64_t num_pool_pages = num_tokens;
+  for (const InputTensor& other : spec.tensors) {
+    if (other.view.page_size > 0) num_pool_pages = std::min(num_pool_pages, other.num_pool_pages);
+  }
+  for (size_t i = 0; i < values.size(); ++i) {
+    const int64_t value = values[i];
+    switch (tensor.kind) {
+      case TensorKind::kTokenIds:
+        if (value < 0) {
+          return InvalidField(tensor.field,
+                              absl::StrCat("token id ", i, " is ", value, "; must be >= 0"));
+        }
+        break;
+      case TensorKind::kBlockTable:
+        if (value < 0 || value >= num_pool_pages) {
+          return InvalidField(tensor.field,
+                              absl::StrCat("entry ", i, " is ", value, "; the pool has ",
+                                           num_pool_pages, " pages"));
+        }
+        break;
+      case TensorKind::kQueryPositions:
+        if (value < 0 || value >= num_tokens || (i > 0 && value <= values[i - 1])) {
+          return InvalidField(
+              tensor.field, absl::StrCat("position ", i, " is ", value, "; must ascend within [0, ",
+                                         num_tokens, ")"));
+        }
+        break;
+      default:
+        return absl::OkStatus();  // checked with the plan
+    }
+  }
+  return absl::OkStatus();
+}
+
+// Moves device results to the host, remembering what they are.
+class Collector {
+ public:
+  Collector(Backend& backend, Stream& stream, LayerOutput& output)
+      : backend_(backend), stream_(stream), output_(output) {}
+
+  absl::Status Add(TensorKind kind, Buffer device, DType dtype, std::vector<int64_t> shape,
+                   std::optional<ScaleGranularity> granularity = std::nullopt) {
+    if (device.empty()) return absl::OkStatus();
+    int64_t bytes = DTypeBytes(dtype);
+    for (const int64_t size : shape) bytes *= size;
+    absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
+    if (!host.ok()) return host.status();
+    auto owner = std::make_shared<Buffer>(*std::move(host));
+    OutputTensor tensor{.kind = kind,
+                        .dtype = dtype,
+                        .shape = std::move(shape),
+                        .scale_granularity = granularity,
+                        .data = owner->data(),
+                        .byte_size = bytes,
+                        .owner = owner};
+    output_.tensors.push_back(std::move(tensor));
+    return absl::OkStatus();
+  }
+
+ private:
+  Backend& backend_;
+  Stream& stream_;
+  LayerOutput& output_;
+};
+
+// Most tokens a head of a layer may keep.
+int64_t MostKept(const SequenceSpec& spec) {
+  const int64_t num_tokens = spec.shape.num_tokens;
+  const Policy& policy = spec.policy;
+  const bool bounded = policy.transform == Transform::kEvict && policy.quality_floor.empty() &&
+                       policy.protection.dense_layers.empty() &&
+                       policy.budget.target != BudgetPolicy::Target::kBytes;
+  if (!bounded) return num_tokens;
+  int64_t target = policy.budget.tokens_per_head;
+  if (policy.budget.target == BudgetPolicy::Target::kRatio) {
+    target =
+        static_cast<int64_t>(std::ceil(policy.budget.kept_ratio * static_cast<double>(num_tokens)));
+  }
+  int64_t guarded = policy.protection.num_sink_tokens +
+                    std::max(policy.protection.num_recent_tokens, spec.supply.num_window_queries);
+  for (const TokenSpan& span : policy.protection.pinned) guarded += span.end - span.begin;
+  // An open block and whole blocks can add a little; two block sizes cover either.
+  const int64_t slack = 2 * std::max<int64_t>(policy.segmentation.block_size, 64);
+  return std::min(num_tokens, std::max(target, guarded) + slack);
+}
+
+}  // namespace
+
+StagePlan PlanStage(std::span<const InputTensor> tensors, int32_t layer) {
+  StagePlan plan;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].layer != layer) continue;
+    plan.tensors.push_back(i);
+    plan.offset_bytes.push_back(plan.byte_size);
+    plan.byte_size = AlignUp(plan.byte_size + tensors[i].byte_size);
+  }
+  return plan;
+}
+
+std::span<const std::byte> HostBytes(std::span<const InputTensor> tensors, const StagePlan& plan,
+                                     const Stage& stage, TensorKind kind) {
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const InputTensor& tensor = tensors[plan.tensors[i]];
+    if (tensor.kind != kind) continue;
+    return {stage.host->data() + plan.offset_bytes[i], static_cast<size_t>(tensor.byte_size)};
+  }
+  return {};
+}
+
+absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, const Stage& stage) {
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const InputTensor& tensor = spec.tensors[plan.tensors[i]];
+    const std::byte* data = stage.host->data() + plan.offset_bytes[i];
+    const auto count = static_cast<size_t>(tensor.byte_size / 4);
+    absl::Status status;
+    switch (tensor.kind) {
+      case TensorKind::kKeyScales:
+      case TensorKind::kValueScales:
+      case TensorKind::kLogSumExp:
+      case TensorKind::kAccumulatedScores:
+        status = CheckFloats(tensor, {reinterpret_cast<const float*>(data), count});
+        break;
+      case TensorKind::kTokenIds:
+      case TensorKind::kBlockTable:
+      case TensorKind::kQueryPositions:
+        status = CheckInts(spec, tensor, {reinterpret_cast<const int32_t*>(data), count});
+        break;
+      default:
+        break;
+    }
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t layer,
+                                           const StagePlan& plan, Stage& stage,
+                                           const int32_t* block_table, Backend& backend,
+                                           Stream& stream) {
+  LayerTensors tensors;
+  tensors.layer = layer;
+  if (plan.tensors.empty()) return tensors;
+  absl::StatusOr<Buffer> device = backend.ToDevice(*stage.host, stream);
+  if (!device.ok()) return device.status();
+  stage.device = *std::move(device);
+  const float* key_scales = nullptr;
+  const float* value_scales = nullptr;
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const InputTensor& tensor = spec.tensors[plan.tensors[i]];
+    const std::byte* data = stage.device.data() + plan.offset_bytes[i];
+    TensorView view = tensor.view;
+    view.data = data;
+    if (view.page_size > 0) view.block_table = block_table;
+    switch (tensor.kind) {
+      case TensorKind::kKey:
+        tensors.keys = view;
+        break;
+      case TensorKind::kValue:
+        tensors.values = view;
+        break;
+      case TensorKind::kKeyValue:
+        tensors.keys = view;
+        tensors.values = view;
+        tensors.values.data += tensor.value_offset_bytes;
+        break;
+      case TensorKind::kKeyScales:
+        key_scales = reinterpret_cast<const float*>(data);
+        break;
+      case TensorKind::kValueScales:
+        value_scales = reinterpret_cast<const float*>(data);
+        break;
+      case TensorKind::kQueries:
+        tensors.queries = view;
+        break;
+      case TensorKind::kLogSumExp:
+        tensors.lse = reinterpret_cast<const float*>(data);
+        break;
+      case TensorKind::kAccumulatedScores:
+        tensors.accumulated = reinterpret_cast<const float*>(data);
+        break;
+      default:
+        break;  // read on the host
+    }
+  }
+  tensors.keys.scales = key_scales;
+  tensors.keys.scale_granularity = spec.sequence.input_scale_granularity;
+  tensors.values.scales = value_scales;
+  tensors.values.scale_granularity = spec.sequence.input_scale_granularity;
+  return tensors;
+}
+
+OutputTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values) {
+  auto owner = std::make_shared<std::vector<int32_t>>(std::move(values));
+  return {.kind = kind,
+          .dtype = DType::kInt32,
+          .shape = std::move(shape),
+          .scale_granularity = std::nullopt,
+          .data = reinterpret_cast<const std::byte*>(owner->data()),
+          .byte_size = static_cast<int64_t>(owner->size() * sizeof(int32_t)),
+          .owner = owner};
+}
+
+absl::StatusOr<LayerOutput> CollectLayer(const SequenceContext& context, LayerDecision decision,
+                                         LayerPages pages, Backend& backend, Stream& stream) {
+  LayerOutput output;
+  auto plan = std::make_shared<const LayerPlan>(std::move(decision.plan));
+  output.plan = plan;
+  output.hash = plan->Hash();
+  output.num_pages = pages.num_pages;
+  output.tensors.push_back({.kind = TensorKind::kKeptTokens,
+                            .dtype = DType::kInt32,
+                            .shape = {plan->groups, plan->num_kept},
+                            .scale_granularity = std::nullopt,
+                            .data = reinterpret_cast<const std::byte*>(plan->kept.data()),
+                            .byte_size = static_cast<int64_t>(plan->kept.size() * sizeof(int32_t)),
+                            .owner = plan});
+  if (pages.num_pages == 0) return output;
+
+  std::vector<int32_t> table(static_cast<size_t>(pages.num_pages));
+  std::iota(table.begin(), table.end(), 0);
+  output.tensors.push_back(
+      Int32Output(TensorKind::kPageTable, {pages.num_pages}, std::move(table)));
+
+  const SequenceShape& shape = context.spec.shape;
+  const int64_t heads = shape.num_kv_heads;
+  const int64_t page_size = context.spec.policy.page_size;
+  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
+  const auto scale_shape = [&](ScaleGranularity granularity) {
+    return granularity == ScaleGranularity::kHead
+               ? std::vector<int64_t>{heads}
+               : std::vector<int64_t>{pages.num_pages, page_size, heads};
+  };
+  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
+                                            shape.head_dim};
+  Collector collect(backend, stream, output);
+  absl::Status status =
+      collect.Add(TensorKind::kKeyPages, std::move(pages.key_pages), pages.key_dtype, page_shape);
+  status.Update(collect.Add(TensorKind::kValuePages, std::move(pages.value_pages),
+                            pages.value_dtype, page_shape));
+  status.Update(collect.Add(TensorKind::kKeyPageScales, std::move(pages.key_scales),
+                            DType::kFloat32, scale_shape(pages.key_scale_granularity),
+                            pages.key_scale_granularity));
+  status.Update(collect.Add(TensorKind::kValuePageScales, std::move(pages.value_scales),
+                            DType::kFloat32, scale_shape(pages.value_scale_granularity),
+                            pages.value_scale_granularity));
+  status.Update(collect.Add(TensorKind::kBlockKeyMin, std::move(pages.block_min),
+                            pages.summary_dtype, block_shape));
+  status.Update(collect.Add(TensorKind::kBlockKeyMax, std::move(pages.block_max),
+                            pages.summary_dtype, block_shape));
+  status.Update(collect.Add(TensorKind::kBlockKeyMean, std::move(pages.block_mean),
+                            pages.summary_dtype, block_shape));
+  // Also after a failure: nothing may be freed while the device still works on it.
+  status.Update(stream.Synchronize());
+  if (!status.ok()) return status;
+  return output;
+}
+
+int64_t PayloadBytes(const LayerOutput& output) {
+  int64_t bytes = 0;
+  for (const OutputTensor& tensor : output.tensors) {
+    if (tensor.kind != TensorKind::kKeptTokens && tensor.kind != TensorKind::kPageTable) {
+      bytes += tensor.byte_size;
+    }
+  }
+  return bytes;
+}
+
+int32_t MaxLayersInFlight(const RequestSpec& spec) {
+  const int32_t num_layers = spec.sequence.shape.num_layers;
+  const bool global = spec.sequence.policy.scope == Scope::kGlobal &&
+                      (spec.method == Method::kCompress || spec.method == Method::kPlan);
+  // Beside the layers that arrive: one being computed, one being sent.
+  return global ? num_layers : std::min(num_layers, spec.max_open_layers + 2);
+}
+
+int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
+  const SequenceSpec& sequence = spec.sequence;
+  const SequenceShape& shape = sequence.shape;
+  std::vector<int64_t> layer_bytes(static_cast<size_t>(shape.num_layers));
+  int64_t sequence_bytes = 0;
+  for (const InputTensor& tensor : spec.tensors) {
+    int64_t& bytes = tensor.layer == InputTensor::kWholeSequence
+                         ? sequence_bytes
+                         : layer_bytes[static_cast<size_t>(tensor.layer)];
+    bytes += AlignUp(tensor.byte_size);
+  }
+  const int64_t input = *std::max_element(layer_bytes.begin(), layer_bytes.end());
+  int64_t output = 0;
+  if (spec.method == Method::kCompress || spec.method == Method::kApply) {
+    const int64_t kept =
+        spec.shadow || spec.method == Method::kApply ? shape.num_tokens : MostKept(sequence);
+    output = LayerOutputBytes(sequence, kept, shape.num_tokens);
+    if (sequence.policy.transform == Transform::kEvict) {
+      output = LayerOutputBytes(sequence, kept, 0);
+    }
+    if (spec.shadow) output *= 2;
+  }
+  const int64_t scores = 2 * int64_t{4} * shape.num_kv_heads * shape.num_tokens;
+  const int64_t copies = device_has_own_memory ? 2 : 1;
+  return copies * (sequence_bytes + MaxLayersInFlight(spec) * (input + output + scores));
+}
+
+}  // namespace dynsplit

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The work of one layer between host staging memory and host results: views, checks, pipeline,
+// copies back. No state of its own.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "server/pipeline/backend.h"
+#include "server/pipeline/compress.h"
+#include "server/runtime/request_spec.h"
+
+namespace dynsplit {
+
+// Tensors that are staged together: those of one layer, or those of the whole sequence.
+struct StagePlan {
+  std::vector<size_t> tensors;        // indices into RequestSpec::tensors
+  std::vector<int64_t> offset_bytes;  // of each in the stage, 64-byte aligned
+  int64_t byte_size = 0;
+};
+StagePlan PlanStage(std::span<const InputTensor> tensors, int32_t layer);
+
+// Host staging memory of one StagePlan, and its device copy once made. Host memory is shared with
+// whoever copies into it.
+struct Stage {
+  std::shared_ptr<Buffer> host;
+  Buffer device;
+};
+
+// Host bytes of a tensor of the stage, or empty when the stage has none of that kind.
+std::span<const std::byte> HostBytes(std::span<const InputTensor> tensors, const StagePlan& plan,
+                                     const Stage& stage, TensorKind kind);
+template <typename T>
+std::span<const T> HostValues(std::span<const InputTensor> tensors, const StagePlan& plan,
+                              const Stage& stage, TensorKind kind) {
+  const std::span<const std::byte> bytes = HostBytes(tensors, plan, stage, kind);
+  return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
+}
+
+// Refuses, on the host, what devices cannot see: scales that are not finite and > 0, evidence that
+// is not finite, token ids < 0, pages out of range, query positions out of order.
+absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, const Stage& stage);
+
+// Copies the stage to the device and lays views over it. `block_table` is on the device, null
+// unless paged. Views are valid while `stage` is.
+absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t layer,
+                                           const StagePlan& plan, Stage& stage,
+                                           const int32_t* block_table, Backend& backend,
+                                           Stream& stream);
+
+// What leaves of a layer. Consumes the pages; complete when it returns.
+absl::StatusOr<LayerOutput> CollectLayer(const SequenceContext& context, LayerDecision decision,
+                                         LayerPages pages, Backend& backend, Stream& stream);
+
+OutputTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values);
+
+// Bytes that count as compressed output: pages, scales, summaries.
+int64_t PayloadBytes(const LayerOutput& output);
+
+// Memory to reserve for a request, bytes: stages of the layers that may be in flight, their device
+// copies where the device has its own memory, results not yet sent, scores.
+int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory);
+// Layers that may occupy memory at a time.
+int32_t MaxLayersInFlight(const RequestSpec& spec);
+
+}  // namespace dynsplit

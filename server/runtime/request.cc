@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "server/runtime/request.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/time/clock.h"
+
+namespace dynsplit {
+
+absl::StatusOr<std::shared_ptr<Request>> Request::Create(RequestSpec spec, Executor& executor,
+                                                         Reservation reservation,
+                                                         std::shared_ptr<ResultSink> sink) {
+  std::shared_ptr<Request> request(
+      new Request(std::move(spec), executor, std::move(reservation), std::move(sink)));
+  if (request->sequence_plan_.byte_size > 0) {
+    absl::StatusOr<Buffer> host =
+        executor.backend().AllocateHost(request->sequence_plan_.byte_size);
+    if (!host.ok()) return host.status();
+    request->sequence_stage_.host = std::make_shared<Buffer>(*std::move(host));
+  }
+  absl::MutexLock lock(&request->mu_);
+  request->Launch();
+  return request;
+}
+
+Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
+                 std::shared_ptr<ResultSink> sink)
+    : spec_(std::move(spec)),
+      executor_(executor),
+      sink_(std::move(sink)),
+      reservation_(std::move(reservation)),
+      sequence_plan_(PlanStage(spec_.tensors, InputTensor::kWholeSequence)),
+      inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers),
+      layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
+  for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
+    layers_[static_cast<size_t>(layer)].plan = PlanStage(spec_.tensors, layer);
+  }
+  for (const InputTensor& tensor : spec_.tensors) {
+    switch (tensor.kind) {
+      case TensorKind::kKey:
+      case TensorKind::kValue:
+      case TensorKind::kKeyValue:
+      case TensorKind::kKeyScales:
+      case TensorKind::kValueScales:
+        end_.bytes_in += tensor.byte_size;
+        break;
+      default:
+        break;
+    }
+  }
+}
+
+bool Request::global() const {
+  return spec_.sequence.policy.scope == Scope::kGlobal &&
+         (spec_.method == Method::kCompress || spec_.method == Method::kPlan);
+}
+
+bool Request::ordered() const { return global() || spec_.method == Method::kCalibrate; }
+
+absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
+  absl::MutexLock lock(&mu_);
+  if (stopped()) return absl::CancelledError("the request has ended");
+  absl::StatusOr<size_t> index = inbox_.Check(chunk);
+  if (!index.ok()) return index.status();
+  first_chunk_ = std::min(first_chunk_, absl::Now());
+  const int32_t layer = spec_.tensors[*index].layer;
+  const StagePlan* plan = &sequence_plan_;
+  Stage* stage = &sequence_stage_;
+  if (layer != InputTensor::kWholeSequence) {
+    LayerState& state = layers_[static_cast<size_t>(layer)];
+    plan = &state.plan;
+    stage = &state.stage;
+    if (stage->host == nullptr) {
+      if (!TryCount(state)) {
+        waiting_for_room_ = true;
+        return ChunkPlace{};
+      }
+      absl::StatusOr<Buffer> host = executor_.backend().AllocateHost(plan->byte_size);
+      if (!host.ok()) return host.status();
+      stage->host = std::make_shared<Buffer>(*std::move(host));
+    }
+  }
+  const auto slot = static_cast<size_t>(
+      std::find(plan->tensors.begin(), plan->tensors.end(), *index) - plan->tensors.begin());
+  return ChunkPlace{.data = stage->host->data() + plan->offset_bytes[slot] + chunk.offset,
+                    .owner = stage->host,
+                    .tensor_index = *index};
+}
+
+void Request::Commit(const ChunkPlace& place, const Chunk& chunk) {
+  absl::MutexLock lock(&mu_);
+  if (stopped()) return;
+  inbox_.Add(place.tensor_index, chunk);
+  if (inbox_.all_complete()) {
+    end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
+  }
+  if (chunk.last) Launch();
+}
+
+absl::Status Request::End(int64_t num_tensors) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status status = inbox_.CheckEnd(num_tensors); !status.ok()) return status;
+    ended_ = true;
+  }
+  Deliver();
+  return absl::OkStatus();
+}
+
+bool Request::TryCount(LayerState& layer) {
+  if (layer.counted) return true;
+  if (num_counted_ >= MaxLayersInFlight(spec_)) return false;
+  layer.counted = true;
+  ++num_counted_;
+  return true;
+}
+
+void Request::Uncount() {
+  bool room = false;
+  {
+    absl::MutexLock lock(&mu_);
+    --num_counted_;
+    Launch();
+    room = std::exchange(waiting_for_room_, false);
+  }
+  if (room && !stopped()) sink_->OnRoom();
+}
+
+void Request::LayerSent() { Uncount(); }
+
+void Request::Cancel() { Stop(); }
+
+void Request::Stop() {
+  // Freed outside the lock.
+  std::vector<Stage> stages;
+  std::map<int32_t, LayerOutput> outputs;
+  absl::MutexLock lock(&mu_);
+  stopped_.store(true, std::memory_order_relaxed);
+  finished_ = true;
+  for (LayerState& layer : layers_) stages.push_back(std::exchange(layer.stage, {}));
+  outputs.swap(outputs_);
+}
+
+void Request::Fail(absl::Status status) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (finished_) return;
+    finished_ = true;
+  }
+  Stop();
+  sink_->OnError(std::move(status));
+}
+
+void Request::Submit(Work work) {
+  executor_.Submit([self = shared_from_this(), work = std::move(work)](Backend& backend,
+                                                                       Stream& stream) mutable {
+    if (self->stopped()) return;
+    absl::Status status = std::move(work)(*self, backend, stream);
+    if (!status.ok()) {
+      self->Fail(std::move(status));
+    } else {
+      self->Deliver();
+    }
+  });
+}
+
+void Request::Launch() {
+  if (stopped()) return;
+  if (phase_ == Phase::kReceiving && inbox_.sequence_complete()) {
+    phase_ = Phase::kPreparing;
+    Submit([](Request& self, Backend& backend, Stream& stream) {
+      return self.Prepare(backend, stream);
+    });
+  }
+  if (phase_ == Phase::kReady) LaunchLayers();
+}
+
+void Request::LaunchLayers() {
+  const int32_t num_layers = spec_.sequence.shape.num_layers;
+  while (next_launch_ < num_layers && inbox_.layer_complete(next_launch_) &&
+         !(ordered() && ordered_job_runs_)) {
+    const int32_t layer = next_launch_;
+    LayerState& state = layers_[static_cast<size_t>(layer)];
+    if (!TryCount(state)) break;
+    ++next_launch_;
+    ordered_job_runs_ = true;
+    Submit([layer, stage = std::exchange(state.stage, {})](Request& self, Backend& backend,
+                                                           Stream& stream) mutable {
+      return self.RunLayer(layer, std::move(stage), backend, stream);
+    });
+  }
+  if (global() && num_scored_ == num_layers && !decided_ && !ordered_job_runs_) {
+    ordered_job_runs_ = true;
+    Submit([](Request& self, Backend& backend, Stream& stream) {
+      return self.DecideGlobal(backend, stream);
+    });
+  }
+}
+
+void Request::Deliver() {
+  mu_.Lock();
+  if (delivering_) {
+    mu_.Unlock();
+    return;
+  }
+  delivering_ = true;
+  while (!finished_) {
+    if (sequence_output_.has_value()) {
+      SequenceOutput output = *std::exchange(sequence_output_, std::nullopt);
+      mu_.Unlock();
+      sink_->OnSequence(std::move(output));
+      mu_.Lock();
+      continue;
+    }
+    if (const auto next = outputs_.find(next_output_); next != outputs_.end()) {
+      LayerOutput output = std::move(next->second);
+      outputs_.erase(next);
+      ++next_output_;
+      Record(output);
+      mu_.Unlock();
+      sink_->OnLayer(std::move(output));
+      mu_.Lock();
+      continue;
+    }
+    const int32_t num_done = spec_.method == Method::kCalibrate ? num_scored_ : next_output_;
+    if (!ended_ || num_done < spec_.sequence.shape.num_layers) break;
+    finished_ = true;
+    EndOutput end = std::move(end_);
+    mu_.Unlock();
+    absl::StatusOr<EndOutput> result = MakeEnd(std::move(end));
+    if (result.ok()) {
+      sink_->OnEnd(*std::move(result));
+    } else {
+      sink_->OnError(result.status());
+    }
+    mu_.Lock();
+  }
+  delivering_ = false;
+  mu_.Unlock();
+}
+
+void Request::Record(const LayerOutput& output) {
+  if (plan_hasher_.has_value()) plan_hasher_->Add(*output.plan);
+  LayerPlan plan = {.layer = output.plan->layer,
+                    .groups = output.plan->groups,
+                    .num_kept = output.plan->num_kept,
+                    .dense = output.plan->dense,
+                    .raised_by_protection = output.plan->raised_by_protection,
+                    .raised_by_quality_floor = output.plan->raised_by_quality_floor,
+                    .kept = {}};
+  end_.plan.layers.push_back(std::move(plan));
+  end_.layer_hashes.push_back(output.hash);
+  if (output.receipt.has_value()) end_.receipts.push_back(*output.receipt);
+  end_.bytes_out += PayloadBytes(output);
+  end_.shadow_bytes_out += output.shadow_bytes;
+  RequestSeconds& seconds = end_.seconds;
+  seconds.host_to_device += output.host_to_device_seconds;
+  seconds.device_to_host += output.device_to_host_seconds;
+  seconds.layers.score += output.seconds.score;
+  seconds.layers.select += output.seconds.select;
+  seconds.layers.gather += output.seconds.gather;
+  seconds.layers.receipt += output.seconds.receipt;
+}
+
+}  // namespace dynsplit

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The life of one request, apart from how its bytes travel.
+//
+//     tensors of the whole sequence complete ──► prepare (segmentation, tables)  ──► OnSequence
+//     layer complete, and prepared           ──► one job a layer                 ──► OnLayer,
+//     ascending all complete, and End()                                                    ──►
+//     OnEnd
+//
+// With Scope::kGlobal the layer jobs score only, in order; once all have, one job decides and one
+// job a layer applies. Calibration measures layers in order and yields a profile at the end.
+//
+// Threads. Place, Commit and End are called by one reader at a time; LayerSent and Cancel by
+// anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
+// held; results one call at a time, OnError and OnRoom at any time.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/functional/any_invocable.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "server/runtime/admission.h"
+#include "server/runtime/executor.h"
+#include "server/runtime/inbox.h"
+#include "server/runtime/layer_work.h"
+#include "server/runtime/request_spec.h"
+
+namespace dynsplit {
+
+// Receives what a request yields. OnEnd or OnError comes last, and at most one of them; after
+// Cancel neither may come.
+class ResultSink {
+ public:
+  virtual ~ResultSink() = default;
+  virtual void OnSequence(SequenceOutput output) = 0;
+  virtual void OnLayer(LayerOutput output) = 0;
+  virtual void OnEnd(EndOutput output) = 0;
+  virtual void OnError(absl::Status status) = 0;
+  // Place() may be tried again.
+  virtual void OnRoom() = 0;
+};
+
+class Request : public std::enable_shared_from_this<Request> {
+ public:
+  // Allocates the stage of the sequence's tensors. RESOURCE_EXHAUSTED when the backend has no
+  // memory left in spite of the reservation. `executor` must outlive the request.
+  static absl::StatusOr<std::shared_ptr<Request>> Create(RequestSpec spec, Executor& executor,
+                                                         Reservation reservation,
+                                                         std::shared_ptr<ResultSink> sink);
+
+  // Where the bytes of a chunk go. `owner` keeps the place valid even if the request is cancelled
+  // meanwhile. No room: data is null, OnRoom will be called.
+  struct ChunkPlace {
+    std::byte* data = nullptr;
+    std::shared_ptr<Buffer> owner;
+    size_t tensor_index = 0;
+  };
+  absl::StatusOr<ChunkPlace> Place(const Chunk& chunk);
+  // The chunk's bytes are in their place.
+  void Commit(const ChunkPlace& place, const Chunk& chunk);
+  // The client has sent everything it announced.
+  absl::Status End(int64_t num_tensors);
+
+  // The results of one layer have left; their memory is free.
+  void LayerSent();
+  // Stops as soon as running jobs notice; memory that no job uses is returned at once.
+  void Cancel();
+
+  const RequestSpec& spec() const { return spec_; }
+  int64_t reserved_bytes() const { return reservation_.bytes(); }
+
+ private:
+  // Where one layer is on its way.
+  struct LayerState {
+    StagePlan plan;
+    Stage stage;           // allocated when its first chunk arrives
+    LayerTensors tensors;  // kGlobal: views of the stage, kept between scoring and applying
+    bool counted = false;  // occupies one of the places in flight
+  };
+  using Work = absl::AnyInvocable<absl::Status(Request&, Backend&, Stream&) &&>;
+
+  Request(RequestSpec spec, Executor& executor, Reservation reservation,
+          std::shared_ptr<ResultSink> sink);
+
+  bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
+  bool ordered() const;  // layers are worked on one at a time, ascending
+  bool global() const;
+  // Takes a place in flight for the layer if one is free.
+  bool TryCount(LayerState& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Starts what can start: preparation, layers, the global decision.
+  void Launch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void LaunchLayers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Submit(Work work) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Gives the layer's place in flight to another.
+  void Uncount() ABSL_LOCKS_EXCLUDED(mu_);
+  // Hands finished results to the sink, in order.
+  void Deliver() ABSL_LOCKS_EXCLUDED(mu_);
+  void Fail(absl::Status status) ABSL_LOCKS_EXCLUDED(mu_);
+  void Stop() ABSL_LOCKS_EXCLUDED(mu_);
+
+  // Jobs; run on the executor. Layer jobs own their stage.
+  absl::Status Prepare(Backend& backend, Stream& stream);
+  absl::Status PrepareContexts(Backend& backend, Stream& stream);
+  absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
+  absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
+  absl::StatusOr<LayerOutput> CompressOne(const LayerTensors& tensors, Backend& backend,
+                                          Stream& stream);
+  absl::StatusOr<LayerOutput> ApplyOne(const Stage& stage, const LayerTensors& tensors,
+                                       Backend& backend, Stream& stream);
+  absl::StatusOr<LayerOutput> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
+                                          Backend& backend, Stream& stream);
+  absl::StatusOr<LayerOutput> Collect(LayerResult result, const LayerTensors& tensors,
+                                      Backend& backend, Stream& stream);
+  absl::StatusOr<LayerPlan> ReceivedPlan(int32_t layer, const Stage& stage) const;
+  bool KeepsAll(int32_t layer) const;
+  absl::Status DecideGlobal(Backend& backend, Stream& stream);
+  absl::Status ApplyGlobal(int32_t layer, Stage stage, const LayerTensors& tensors,
+                           Backend& backend, Stream& stream);
+  absl::StatusOr<EndOutput> MakeEnd(EndOutput end);
+  void Record(const LayerOutput& output) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+
+  // Constant after construction.
+  const RequestSpec spec_;
+  Executor& executor_;
+  const std::shared_ptr<ResultSink> sink_;
+  const Reservation reservation_;
+  StagePlan sequence_plan_;
+  Stage sequence_stage_;
+
+  // Written by Prepare before any layer job, then read-only.
+  std::unique_ptr<SequenceContext> context_;
+  std::unique_ptr<SequenceContext> shadow_context_;  // originals, uncompressed
+  const int32_t* block_table_ = nullptr;             // on the device
+
+  // Used by jobs that run one at a time.
+  std::optional<Calibrator> calibrator_;
+  LayerScores global_scores_;
+  LayerPlan global_plan_;
+  std::optional<PlanHasher> plan_hasher_;  // by whoever delivers
+
+  std::atomic<bool> stopped_ = false;
+
+  // Guarded by mu_.
+  absl::Mutex mu_;
+  Inbox inbox_ ABSL_GUARDED_BY(mu_);
+  std::vector<LayerState> layers_ ABSL_GUARDED_BY(mu_);
+  int32_t num_counted_ ABSL_GUARDED_BY(mu_) = 0;
+  bool waiting_for_room_ ABSL_GUARDED_BY(mu_) = false;
+  enum class Phase : uint8_t {
+    kReceiving,
+    kPreparing,
+    kReady
+  } phase_ ABSL_GUARDED_BY(mu_) = Phase::kReceiving;
+  int32_t next_launch_ ABSL_GUARDED_BY(mu_) = 0;  // lowest layer not launched
+  bool ordered_job_runs_ ABSL_GUARDED_BY(mu_) = false;
+  int32_t num_scored_ ABSL_GUARDED_BY(mu_) = 0;  // kGlobal
+  bool decided_ ABSL_GUARDED_BY(mu_) = false;    // kGlobal
+  bool ended_ ABSL_GUARDED_BY(mu_) = false;
+  bool finished_ ABSL_GUARDED_BY(mu_) = false;  // OnEnd or OnError has been, or is being, called
+  bool delivering_ ABSL_GUARDED_BY(mu_) = false;
+  std::optional<SequenceOutput> sequence_output_ ABSL_GUARDED_BY(mu_);
+  absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
+  std::map<int32_t, LayerOutput> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
+  int32_t next_output_ ABSL_GUARDED_BY(mu_) = 0;
+  EndOutput end_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace dynsplit

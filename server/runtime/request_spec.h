@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a request is once the wire format is left behind, and what it yields. Plain data.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "server/pipeline/calibration.h"
+#include "server/pipeline/compress.h"
+#include "server/pipeline/plan.h"
+#include "server/pipeline/segmentation.h"
+#include "server/pipeline/types.h"
+
+namespace dynsplit {
+
+enum class Method : uint8_t { kCompress, kPlan, kApply, kCalibrate };
+
+// Tensors that requests bring and responses carry; meanings and shapes as in types.proto.
+enum class TensorKind : uint8_t {
+  kKey,
+  kValue,
+  kKeyValue,
+  kKeyScales,
+  kValueScales,
+  kQueries,
+  kLogSumExp,
+  kAccumulatedScores,
+  kTokenIds,
+  kBlockTable,
+  kQueryPositions,
+  kBlockStarts,
+  kKeptTokens,
+  kKeyPages,
+  kValuePages,
+  kKeyPageScales,
+  kValuePageScales,
+  kPageTable,
+  kBlockKeyMin,
+  kBlockKeyMax,
+  kBlockKeyMean,
+};
+
+// One tensor that will arrive in the stream. Sizes and strides are validated.
+struct InputTensor {
+  static constexpr int32_t kWholeSequence = -1;
+
+  uint32_t id = 0;
+  TensorKind kind = TensorKind::kKey;
+  int32_t layer = kWholeSequence;
+  int64_t byte_size = 0;
+  std::string field;  // proto path of its descriptor, for errors: "tensors[3]"
+  // kKey, kValue, kKeyValue, kQueries: the layout, with null pointers.
+  TensorView view;
+  // kKeyValue: where the values start behind the keys.
+  int64_t value_offset_bytes = 0;
+  // Paged layouts: physical pages in the pool.
+  int64_t num_pool_pages = 0;
+};
+
+struct RequestSpec {
+  Method method = Method::kCompress;
+  std::string request_id;
+  std::string tenant;
+  SequenceSpec sequence;
+  std::vector<InputTensor> tensors;
+  int32_t max_open_layers = 2;
+  int32_t max_chunk_bytes = 2 << 20;  // in the response
+  bool shadow = false;
+  std::shared_ptr<const DelimiterProfile> profile;
+  // kApply: what to execute; layers without their kept tokens, which arrive as tensors.
+  std::optional<Plan> plan;
+  std::vector<std::string> layer_hashes;  // of plan, hex
+  std::string plan_hash;                  // hex
+  CalibrationOptions calibration;
+};
+
+// One tensor of a response, in host memory. `owner` keeps the bytes alive.
+struct OutputTensor {
+  TensorKind kind = TensorKind::kKeptTokens;
+  DType dtype = DType::kInt32;
+  std::vector<int64_t> shape;
+  std::optional<ScaleGranularity> scale_granularity;
+  const std::byte* data = nullptr;
+  int64_t byte_size = 0;
+  std::shared_ptr<const void> owner;
+};
+
+struct SequenceOutput {
+  int64_t num_blocks = 0;
+  int64_t open_block_begin = 0;
+  std::vector<OutputTensor> tensors;
+};
+
+struct LayerOutput {
+  std::shared_ptr<const LayerPlan> plan;
+  Hash128 hash{};  // of plan
+  std::optional<LayerReceipt> receipt;
+  int64_t num_pages = 0;
+  std::vector<OutputTensor> tensors;
+  // What the layer took, and what it would have weighed (shadow).
+  LayerSeconds seconds;
+  double host_to_device_seconds = 0;
+  double device_to_host_seconds = 0;
+  int64_t shadow_bytes = 0;
+};
+
+// Wall clock, summed over layers. Sending is not known here.
+struct RequestSeconds {
+  double receive = 0, host_to_device = 0, split = 0, device_to_host = 0;
+  LayerSeconds layers;
+};
+
+struct EndOutput {
+  Plan plan;  // layers without their kept tokens
+  std::vector<Hash128> layer_hashes;
+  Hash128 plan_hash{};
+  std::vector<LayerReceipt> receipts;  // empty = none wanted
+  int64_t bytes_in = 0;
+  int64_t bytes_out = 0;
+  int64_t shadow_bytes_out = 0;
+  int64_t num_queries = 0;
+  std::string representation_salt;
+  RequestSeconds seconds;
+  std::optional<DelimiterProfile> profile;  // kCalibrate
+};
+
+}  // namespace dynsplit
