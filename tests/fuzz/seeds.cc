@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Writes a small seed corpus for each fuzzer: fuzz_seeds FOLDER.
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "client/cpp/container.h"
+#include "client/cpp/safetensors.h"
+#include "dynsplit/v1/compression.pb.h"
+#include "proto/wire/crc32c.h"
+
+namespace {
+
+using dynsplit::ContainerSection;
+using dynsplit::SafetensorsTensor;
+namespace v1 = dynsplit::v1;
+
+void Write(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+void WriteFrames(const std::string& folder) {
+  v1::CompressRequest chunk;
+  chunk.set_tensor(300);
+  chunk.set_offset(1 << 20);
+  chunk.set_data("some bytes of a tensor");
+  chunk.set_crc32c(dynsplit::wire::Crc32c(chunk.data().data(), chunk.data().size()));
+  chunk.set_last(true);
+  chunk.set_tensor_crc32c(chunk.crc32c());
+  v1::CompressRequest begin;
+  begin.mutable_begin()->set_request_id("seed");
+  begin.mutable_begin()->mutable_shape()->set_num_tokens(7);
+  begin.mutable_begin()->add_tensors()->set_byte_size(9);
+  v1::CompressResponse layer;
+  layer.mutable_layer()->mutable_plan()->set_num_kept_tokens(5);
+  int number = 0;
+  for (const std::string& bytes :
+       {chunk.SerializeAsString(), begin.SerializeAsString(), layer.SerializeAsString(),
+        std::string("\x53\x50\x01\x54", 4) + chunk.SerializeAsString()}) {
+    for (const char slices : {'\x00', '\x04', '\xFF'}) {
+      Write(folder + "/" + std::to_string(number++), slices + bytes);
+    }
+  }
+}
+
+absl::Span<const std::byte> AsBytes(const std::string& text) {
+  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
+}
+
+absl::Status WriteContainers(const std::string& folder) {
+  v1::ContainerHeader header;
+  header.mutable_shape()->set_num_tokens(3);
+  header.set_representation_salt("salt");
+  if (auto status = WriteContainer(folder + "/empty", header, {}); !status.ok()) return status;
+  std::vector<ContainerSection> sections(2);
+  const std::string bytes(100, 'k');
+  for (ContainerSection& section : sections) {
+    section.descriptor.set_kind(v1::TENSOR_KIND_KEY_PAGES);
+    section.descriptor.set_layer(1);
+    section.descriptor.set_byte_size(100);
+    section.bytes = AsBytes(bytes);
+  }
+  return WriteContainer(folder + "/two", header, sections);
+}
+
+// A whole capture of two tokens, one layer and one head of dimension 1.
+absl::Status WriteCaptures(const std::string& folder) {
+  const std::string zeros(16, '\0');
+  const std::string offsets("\x00\x00\x00\x00\x01\x00\x00\x00\x02\x00\x00\x00", 12);
+  const std::string position("\x01\x00\x00\x00", 4);
+  const std::vector<SafetensorsTensor> tensors = {
+      {"token_ids", "I32", {2}, AsBytes(zeros).first(8)},
+      {"token_bytes", "U8", {2}, AsBytes(zeros).first(2)},
+      {"token_offsets", "I32", {3}, AsBytes(offsets)},
+      {"query_positions", "I32", {1}, AsBytes(position)},
+      {"layers.0.key", "BF16", {2, 1, 1}, AsBytes(zeros).first(4)},
+      {"layers.0.value", "BF16", {2, 1, 1}, AsBytes(zeros).first(4)},
+      {"layers.0.query", "BF16", {1, 1, 1}, AsBytes(zeros).first(2)}};
+  const std::map<std::string, std::string> metadata = {
+      {"dynsplit.format", "kv-capture/1"},
+      {"dynsplit.model",
+       R"({"name":"m","layer_ids":[3],"num_query_heads":1,"num_kv_heads":1,"head_dim":1,)"
+       R"("rope":{"theta":1e4,"rotary_dim":0,"interleaved":false},"vocab_size":9})"},
+      {"dynsplit.text", R"({"kind":"prose"})"}};
+  if (auto status = WriteSafetensors(folder + "/capture", metadata, tensors); !status.ok()) {
+    return status;
+  }
+  Write(folder + "/header",
+        std::string(R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}})") +
+            std::string("\x03\x00", 2));
+  return WriteSafetensors(folder + "/empty", {}, {});
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: fuzz_seeds FOLDER\n";
+    return 2;
+  }
+  const std::string folder = argv[1];
+  for (const char* name : {"frame", "container", "safetensors"}) {
+    std::filesystem::create_directories(folder + "/" + name);
+  }
+  WriteFrames(folder + "/frame");
+  absl::Status status = WriteContainers(folder + "/container");
+  status.Update(WriteCaptures(folder + "/safetensors"));
+  if (status.ok()) return 0;
+  std::cerr << status << "\n";
+  return 1;
+}
