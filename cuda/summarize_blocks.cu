@@ -54,11 +54,15 @@ __global__ void __launch_bounds__(kThreads)
     LoadValues<T>(RowAddress(keys, t, h), chunk, aligned, RowScale(keys, t, h), values);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      // Of equal values (zeros of both signs) the first stays.
-      low[i] = values[i] < low[i] ? values[i] : low[i];
-      high[i] = values[i] > high[i] ? values[i] : high[i];
+      low[i] = fminf(low[i], values[i]);
+      high[i] = fmaxf(high[i], values[i]);
       sum[i] += values[i];
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    low[i] += 0.0F;  // -0 becomes +0: which zero is smaller differs between processors
+    high[i] += 0.0F;
   }
   if (params.min != nullptr) StoreValues<Out>(low, params.min, unit);
   if (params.max != nullptr) StoreValues<Out>(high, params.max, unit);

@@ -45,6 +45,10 @@ void SummarizeBlock(const SummarizeBlocksParams& p, int64_t block, int32_t head,
     EncodeRow(p.out_dtype, values, 1.0F, dim, static_cast<std::byte*>(out) + offset);
   };
   if (extremes) {
+    for (int64_t c = 0; c < dim; ++c) {  // -0 becomes +0
+      fold.min[c] += 0.0F;
+      fold.max[c] += 0.0F;
+    }
     store(fold.min, p.min);
     store(fold.max, p.max);
   }

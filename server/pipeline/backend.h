@@ -141,7 +141,8 @@ struct ReduceBlocksParams {
 
 // Fixed-size representation of unequal blocks (V2F step a): element-wise min and max, or mean, of
 // the block's keys. Min and max are exact in a float input's type; out_dtype float32 is required
-// for quantised input. Means are rounded to nearest even.
+// for quantised input; zeros come out as +0. Means are sums in token order over the length,
+// rounded to nearest even.
 struct SummarizeBlocksParams {
   TensorView keys;                        // [T, Hkv, D]
   const int32_t* block_starts = nullptr;  // [B + 1]
@@ -194,6 +195,9 @@ struct SelectTokensParams {
 // cos and sin of multiples of the RoPE frequencies, so that any angle up to the context length is
 // two complex products away: angle(delta) = coarse[delta / 256] * fine[delta % 256]. Both tables:
 // interleaved (cos, sin) float pairs, computed in double.
+//   c = cc * cf - sc * sf,  s = sc * cf + cc * sf      (cc, sc) = coarse, (cf, sf) = fine
+// Turning a channel pair (x, y) by -delta positions: (x * c + y * s, y * c - x * s). Each product
+// and each sum is rounded to fp32 on its own, so that bytes are equal on all backends.
 struct RotationTable {
   const float* coarse = nullptr;  // [ceil(T / 256) + 1, rotary_dim / 2, 2]
   const float* fine = nullptr;    // [256, rotary_dim / 2, 2]

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Collects what a GPU host needs into one folder: binaries, shared libraries (all but glibc's,
+# libstdc++ and libgcc), tests/gpu.sh and the sample data.
+#   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=${1:?usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]}
+bundle=${2:-build/bundle}
+rm -rf "$bundle"
+mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
+
+for name in gpu_tests bench_gpu dynsplitd dynsplit; do
+  path=$(find "$build" -type f -executable -name "$name" | head -n 1)
+  if [ -z "$path" ]; then
+    echo "bundle.sh: $name is not built in $build" >&2
+    case $name in gpu_tests | bench_gpu) exit 1 ;; *) continue ;; esac
+  fi
+  strip -o "$bundle/bin/$name" "$path"
+done
+system='/(libc|libm|libpthread|libdl|librt|libresolv|libutil|libstdc\+\+|libgcc_s|ld-linux[^/]*)\.so'
+ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
+  { grep -Ev "$system" || true; } | while read -r library; do
+  install -m 755 "$(realpath "$library")" "$bundle/lib/$(basename "$library")"
+  strip "$bundle/lib/$(basename "$library")"
+done
+cp tests/gpu.sh "$bundle/tests/"
+[ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
+du -sh "$bundle"

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# The GPU's tests, sanitizers and benchmark, from an unpacked bundle (tests/bundle.sh) on a machine
+# with an NVIDIA GPU. Builds nothing. Logs go to ${OUT:-.}; a table comes last. Exits non-zero if
+# anything failed. `STEPS="tests bench"` runs a part.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+out=${OUT:-.}
+steps=${STEPS:-tests memcheck racecheck initcheck synccheck bench}
+mkdir -p "$out"
+
+# Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
+small="two_tokens gqa3_d64_padded gqa4_d96_partial_rope gqa2_d256 mha_d512 float32_padded
+  float16_paged e4m3_token_scales_paged e5m2_padded int8_token_scales kernel_longer_than_prefix"
+filter=""
+for shape in $small; do filter="$filter:CudaParity.*/$shape"; done
+filter="${filter#:}:CudaBackendTest.*:-*SelectAdversarial/gqa*"
+
+names=() results=() seconds=()
+failed=0
+step() {  # step NAME LIMIT_S COMMAND...
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  case " $steps " in *" $name "*) ;; *) return ;; esac
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local rc=$?
+  names+=("$name") seconds+=($((SECONDS - start)))
+  if [ $rc -eq 0 ]; then results+=(ok); else results+=("failed, exit $rc"); failed=1; fi
+}
+sanitize() {  # sanitize TOOL
+  step "$1" 150 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
+    bin/gpu_tests --gtest_filter="$filter" --gtest_brief=1
+}
+
+step tests 300 bin/gpu_tests --gtest_brief=1
+for tool in memcheck racecheck initcheck synccheck; do sanitize "$tool"; done
+step bench 200 bin/bench_gpu
+
+[ -f "$out/bench.log" ] && cat "$out/bench.log"
+for name in "${names[@]}"; do
+  [ "$name" != bench ] && tail -n 3 "$out/$name.log" | sed "s/^/$name: /"
+done
+if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -40; fi
+printf '\n%-12s %8s  %s\n' step seconds result
+for i in "${!names[@]}"; do printf '%-12s %8s  %s\n' "${names[$i]}" "${seconds[$i]}" "${results[$i]}"; done
+exit $failed
