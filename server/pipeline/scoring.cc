@@ -3,6 +3,7 @@
 // Stage 2, what matters: evidence of one layer -> token and block scores, on the device.
 #include <array>
 #include <numbers>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/compress.h"
@@ -191,44 +192,56 @@ class LayerScorer {
     return scores;
   }
 
-  // Queries against fixed-size summaries of the blocks. Bounds are exact in the keys' own type; a
-  // mean would be rounded there, so it is kept in float.
-  absl::StatusOr<LayerScores> SummaryScores() {
-    const bool mean = policy_.method == Method::kBlockMeanKey;
-    const bool exact = !mean && !IsQuantized(tensors_.keys.dtype);
-    const DType dtype = exact ? tensors_.keys.dtype : DType::kFloat32;
-    const int64_t summary_bytes =
-        num_blocks() * num_kv_heads() * spec_.shape.head_dim * DTypeBytes(dtype);
-    absl::StatusOr<Buffer> first = backend_.Allocate(summary_bytes, stream_);
-    if (!first.ok()) return first.status();
-    absl::StatusOr<Buffer> second =
-        mean ? absl::StatusOr<Buffer>(Buffer()) : backend_.Allocate(summary_bytes, stream_);
-    if (!second.ok()) return second.status();
-    SummarizeBlocksParams summarize;
-    summarize.keys = tensors_.keys;
-    summarize.block_starts = context_.block_starts.as<int32_t>();
-    summarize.num_blocks = num_blocks();
-    summarize.out_dtype = dtype;
-    (mean ? summarize.mean : summarize.min) = first->data();
-    summarize.max = second->data();
-    if (auto status = backend_.SummarizeBlocks(summarize, stream_); !status.ok()) return status;
+  // Fixed-size representation of the blocks.
+  struct Summaries {
+    DType dtype = DType::kFloat32;
+    Buffer min, max, mean;  // the first two, or the last
+  };
 
+  // Bounds are exact in the keys' own type; a mean would be rounded there, so it is kept in float.
+  absl::StatusOr<Summaries> Summarize() {
+    const bool mean = policy_.method == Method::kBlockMeanKey;
+    Summaries summaries;
+    if (!mean && !IsQuantized(tensors_.keys.dtype)) summaries.dtype = tensors_.keys.dtype;
+    const int64_t summary_bytes =
+        num_blocks() * num_kv_heads() * spec_.shape.head_dim * DTypeBytes(summaries.dtype);
+    const std::vector<Buffer*> wanted = mean ? std::vector<Buffer*>{&summaries.mean}
+                                             : std::vector<Buffer*>{&summaries.min, &summaries.max};
+    for (Buffer* summary : wanted) {
+      absl::StatusOr<Buffer> buffer = backend_.Allocate(summary_bytes, stream_);
+      if (!buffer.ok()) return buffer.status();
+      *summary = *std::move(buffer);
+    }
+    const SummarizeBlocksParams params = {.keys = tensors_.keys,
+                                          .block_starts = context_.block_starts.as<int32_t>(),
+                                          .num_blocks = num_blocks(),
+                                          .out_dtype = summaries.dtype,
+                                          .min = summaries.min.data(),
+                                          .max = summaries.max.data(),
+                                          .mean = summaries.mean.data()};
+    if (auto status = backend_.SummarizeBlocks(params, stream_); !status.ok()) return status;
+    return summaries;
+  }
+
+  // Queries against the summaries.
+  absl::StatusOr<LayerScores> SummaryScores() {
+    const absl::StatusOr<Summaries> summaries = Summarize();
+    if (!summaries.ok()) return summaries.status();
     absl::StatusOr<Buffer> head_scores =
         AllocateFloats(num_kv_heads() * num_blocks(), backend_, stream_);
     if (!head_scores.ok()) return head_scores.status();
-    ScoreBlocksParams score;
-    score.queries = LastRows(tensors_.queries, NumScoringQueries(spec_));
-    score.block_starts = summarize.block_starts;
-    score.num_blocks = num_blocks();
-    score.num_kv_heads = num_kv_heads();
-    score.dtype = dtype;
-    score.min = summarize.min;
-    score.max = summarize.max;
-    score.mean = summarize.mean;
-    score.softmax_scale = SoftmaxScale(spec_);
-    score.block_scores = head_scores->as<float>();
-    if (auto status = backend_.ScoreBlocks(score, stream_); !status.ok()) return status;
-
+    const ScoreBlocksParams params = {
+        .queries = LastRows(tensors_.queries, NumScoringQueries(spec_)),
+        .block_starts = context_.block_starts.as<int32_t>(),
+        .num_blocks = num_blocks(),
+        .num_kv_heads = num_kv_heads(),
+        .dtype = summaries->dtype,
+        .min = summaries->min.data(),
+        .max = summaries->max.data(),
+        .mean = summaries->mean.data(),
+        .softmax_scale = SoftmaxScale(spec_),
+        .block_scores = head_scores->as<float>()};
+    if (auto status = backend_.ScoreBlocks(params, stream_); !status.ok()) return status;
     absl::StatusOr<Buffer> block_scores = ToGroups(*std::move(head_scores), num_blocks());
     if (!block_scores.ok()) return block_scores.status();
     LayerScores scores;

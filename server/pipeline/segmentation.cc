@@ -29,7 +29,9 @@ class DynamicCutter {
         profile_(profile) {}
 
   // Tokens from a block's start that decide its end.
-  size_t lookahead() const { return static_cast<size_t>(block_size_ + max_deviation_); }
+  size_t lookahead() const {
+    return static_cast<size_t>(block_size_) + static_cast<size_t>(max_deviation_);
+  }
 
   // Length of the block that `tokens` begin with. Requires: tokens.size() == lookahead().
   int32_t BlockLength(std::span<const int32_t> tokens) const {
