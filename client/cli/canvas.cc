@@ -15,8 +15,9 @@ Canvas::Canvas(double width, double height)
                                           static_cast<int>(std::ceil(width * kScale)),
                                           static_cast<int>(std::ceil(height * kScale)))),
       context_(cairo_create(surface_.get())) {
+  SetColor({1, 1, 1});
+  cairo_paint(context_.get());
   cairo_scale(context_.get(), kScale, kScale);
-  Rectangle(0, 0, width, height, {1, 1, 1});
 }
 
 void Canvas::SetColor(Color color) {

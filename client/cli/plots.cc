@@ -25,9 +25,17 @@ namespace {
 constexpr double kMargin = 36;
 constexpr double kHeaderHeight = 84;
 
+// Text at the left margin, smaller where the page is too narrow for it.
+void DrawFitted(Canvas& canvas, const std::string& text, double y, double size, Font font,
+                Color color) {
+  const double room = canvas.width() - 2 * kMargin;
+  const double needed = canvas.TextWidth(text, size, font);
+  canvas.Text(text, kMargin, y, needed <= room ? size : size * room / needed, font, color);
+}
+
 void DrawHeader(Canvas& canvas, const std::string& title, const std::string& subtitle) {
-  canvas.Text(title, kMargin, 40, 19, Font::kSansBold, kInk);
-  canvas.Text(subtitle, kMargin, 62, 12, Font::kSans, kMutedInk);
+  DrawFitted(canvas, title, 40, 19, Font::kSansBold, kInk);
+  DrawFitted(canvas, subtitle, 62, 12, Font::kSans, kMutedInk);
 }
 
 // ---- axes -------------------------------------------------------------------------------------

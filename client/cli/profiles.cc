@@ -138,6 +138,8 @@ int RunCalibrate(const CalibrateFlags& flags) {
   return kExitOk;
 }
 
+std::string FirstLine(const std::string& text) { return text.substr(0, text.find('\n')); }
+
 int RunList(const ConnectionFlags& connection, bool as_json) {
   const auto client = connection.Connect();
   if (!client.ok()) return PrintError(client.status());
@@ -147,14 +149,15 @@ int RunList(const ConnectionFlags& connection, bool as_json) {
     std::cout << ToJson(*response).dump(2) << "\n";
     return kExitOk;
   }
-  std::vector<std::vector<std::string>> rows = {{"profile", "delimiters", "kind", "description"}};
+  std::string descriptions;
+  std::vector<std::vector<std::string>> rows = {{"profile", "delimiters", "kind"}};
   for (const v1::DelimiterProfileInfo& profile : response->profiles()) {
     rows.push_back({profile.name(), HumanCount(profile.num_weights()),
                     absl::StrCat(profile.builtin() ? "built in" : "stored",
-                                 profile.is_default() ? ", default" : ""),
-                    profile.description()});
+                                 profile.is_default() ? ", default" : "")});
+    descriptions += absl::StrCat(profile.name(), ": ", FirstLine(profile.description()), "\n");
   }
-  std::cout << Table(rows);
+  std::cout << Table(rows) << "\n" << descriptions;
   return kExitOk;
 }
 

@@ -54,7 +54,8 @@ absl::Status WriteContainers(const std::string& folder) {
   v1::ContainerHeader header;
   header.mutable_shape()->set_num_tokens(3);
   header.set_representation_salt("salt");
-  if (auto status = WriteContainer(folder + "/empty", header, {}); !status.ok()) return status;
+  if (auto status = dynsplit::WriteContainer(folder + "/empty", header, {}); !status.ok())
+    return status;
   std::vector<ContainerSection> sections(2);
   const std::string bytes(100, 'k');
   for (ContainerSection& section : sections) {
@@ -63,7 +64,7 @@ absl::Status WriteContainers(const std::string& folder) {
     section.descriptor.set_byte_size(100);
     section.bytes = AsBytes(bytes);
   }
-  return WriteContainer(folder + "/two", header, sections);
+  return dynsplit::WriteContainer(folder + "/two", header, sections);
 }
 
 // A whole capture of two tokens, one layer and one head of dimension 1.
@@ -85,13 +86,14 @@ absl::Status WriteCaptures(const std::string& folder) {
        R"({"name":"m","layer_ids":[3],"num_query_heads":1,"num_kv_heads":1,"head_dim":1,)"
        R"("rope":{"theta":1e4,"rotary_dim":0,"interleaved":false},"vocab_size":9})"},
       {"dynsplit.text", R"({"kind":"prose"})"}};
-  if (auto status = WriteSafetensors(folder + "/capture", metadata, tensors); !status.ok()) {
+  if (auto status = dynsplit::WriteSafetensors(folder + "/capture", metadata, tensors);
+      !status.ok()) {
     return status;
   }
   Write(folder + "/header",
         std::string(R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}})") +
             std::string("\x03\x00", 2));
-  return WriteSafetensors(folder + "/empty", {}, {});
+  return dynsplit::WriteSafetensors(folder + "/empty", {}, {});
 }
 
 }  // namespace
