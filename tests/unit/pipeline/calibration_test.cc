@@ -7,6 +7,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -34,10 +35,12 @@ class TensorFile {
     header_ = json::parse(header);
     bytes_.assign(std::istreambuf_iterator<char>(file), {});
   }
-  std::span<const int32_t> Ints(const std::string& name) const {
+  // A copy: the format aligns tensors to their file, not to their elements.
+  std::vector<int32_t> Ints(const std::string& name) const {
     const auto [begin, end] = Range(name);
-    return {reinterpret_cast<const int32_t*>(bytes_.data() + begin),
-            (end - begin) / sizeof(int32_t)};
+    std::vector<int32_t> values((end - begin) / sizeof(int32_t));
+    std::memcpy(values.data(), bytes_.data() + begin, end - begin);
+    return values;
   }
   TensorView View(const std::string& name) const {
     const json& shape = header_[name]["shape"];
