@@ -11,11 +11,12 @@
 namespace dynsplit::cpu {
 namespace {
 
-constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileFloats = 16384;  // decoded at a time: stays in the second-level cache
 constexpr int64_t kBlocksPerChunk = 16;
 
 struct Fold {
-  float* rows;  // [kTileRows, D]
+  int64_t tile_rows;
+  float* rows;  // [tile_rows, D]
   float* min;
   float* max;
   float* sum;
@@ -30,8 +31,8 @@ void SummarizeBlock(const SummarizeBlocksParams& p, int64_t block, int32_t head,
   std::fill(fold.min, fold.min + dim, std::numeric_limits<float>::infinity());
   std::fill(fold.max, fold.max + dim, -std::numeric_limits<float>::infinity());
   std::fill(fold.sum, fold.sum + dim, 0.0F);
-  for (int64_t t = begin; t < end; t += kTileRows) {
-    const int64_t last = std::min(t + kTileRows, end);
+  for (int64_t t = begin; t < end; t += fold.tile_rows) {
+    const int64_t last = std::min(t + fold.tile_rows, end);
     DecodeTile(p.keys, head, t, last, dim, fold.rows);
     FoldRows({.rows = fold.rows,
               .num_rows = last - t,
@@ -59,18 +60,30 @@ void SummarizeBlock(const SummarizeBlocksParams& p, int64_t block, int32_t head,
   }
 }
 
+// Heads that lie one after the other are one long row: read as it lies in memory.
+SummarizeBlocksParams MergeHeads(SummarizeBlocksParams params) {
+  TensorView& keys = params.keys;
+  if (keys.scales == nullptr && keys.head_stride_bytes == keys.head_dim * DTypeBytes(keys.dtype)) {
+    keys.head_dim *= keys.num_heads;
+    keys.num_heads = 1;
+  }
+  return params;
+}
+
 }  // namespace
 
-absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, const Workspace& workspace) {
+absl::Status SummarizeBlocks(const SummarizeBlocksParams& unmerged, const Workspace& workspace) {
+  const SummarizeBlocksParams params = MergeHeads(unmerged);
   const int64_t dim = params.keys.head_dim;
-  const int64_t slot_floats = (kTileRows + 3) * dim;
+  const int64_t tile_rows = std::max<int64_t>(1, kTileFloats / dim);
+  const int64_t slot_floats = (tile_rows + 3) * dim;
   auto scratch = workspace.Scratch<float>(workspace.threads.num_slots() * slot_floats);
   if (!scratch.ok()) return scratch.status();
   const int64_t chunks = CeilDiv(params.num_blocks, kBlocksPerChunk);
   workspace.threads.ParallelFor(chunks, [&](int64_t chunk, int slot) {
     float* rows = scratch->as<float>() + slot * slot_floats;
-    float* folded = rows + kTileRows * dim;
-    const Fold fold{rows, folded, folded + dim, folded + 2 * dim};
+    float* folded = rows + tile_rows * dim;
+    const Fold fold{tile_rows, rows, folded, folded + dim, folded + 2 * dim};
     const int64_t end = std::min((chunk + 1) * kBlocksPerChunk, params.num_blocks);
     for (int64_t block = chunk * kBlocksPerChunk; block < end; ++block) {
       for (int32_t head = 0; head < params.keys.num_heads; ++head) {

@@ -41,23 +41,35 @@ constexpr int32_t kWindow = 64;
 constexpr int64_t kTokens = 32768;
 constexpr int64_t kTokenBytes = kKvHeads * kHeadDim * 2;
 
+// Aligned like all memory of the service, on huge pages where the system gives them.
+class Memory {
+ public:
+  static std::shared_ptr<Buffer> Bytes(int64_t size) {
+    static Backend& backend = *CreateCpuBackend({.num_threads = 1}).value().release();
+    auto buffer = std::make_shared<Buffer>(backend.AllocateHost(size).value());
+    std::memset(buffer->data(), 0, static_cast<size_t>(size));
+    return buffer;
+  }
+};
+
 // Dense bf16 values in [-2, 2); fast to make, unlike HostTensor.
-std::vector<uint16_t> RandomBFloat16(int64_t count, uint64_t seed) {
+std::shared_ptr<Buffer> RandomBFloat16(int64_t count, uint64_t seed) {
   std::mt19937_64 random(seed);
-  std::vector<uint16_t> values(static_cast<size_t>(count));
-  for (uint16_t& value : values) {
+  auto values = Memory::Bytes(count * 2);
+  for (int64_t i = 0; i < count; ++i) {
     const uint64_t bits = random();
     const uint64_t exponent = 122 + bits % 6;  // 2^-5 .. 1
-    value = static_cast<uint16_t>((bits >> 40 & 0x8000) | exponent << 7 | (bits >> 20 & 0x7F));
+    values->as<uint16_t>()[i] =
+        static_cast<uint16_t>((bits >> 40 & 0x8000) | exponent << 7 | (bits >> 20 & 0x7F));
   }
   return values;
 }
 
 // Inputs of one layer, shared by all benchmarks.
 struct Layer {
-  std::vector<uint16_t> keys = RandomBFloat16(kTokens * kKvHeads * kHeadDim, 1);
-  std::vector<uint16_t> values = RandomBFloat16(kTokens * kKvHeads * kHeadDim, 2);
-  std::vector<uint16_t> queries = RandomBFloat16(kWindow * kQueryHeads * kHeadDim, 3);
+  std::shared_ptr<Buffer> keys = RandomBFloat16(kTokens * kKvHeads * kHeadDim, 1);
+  std::shared_ptr<Buffer> values = RandomBFloat16(kTokens * kKvHeads * kHeadDim, 2);
+  std::shared_ptr<Buffer> queries = RandomBFloat16(kWindow * kQueryHeads * kHeadDim, 3);
   std::vector<float> lse = std::vector<float>(kWindow * kQueryHeads, 12.0F);
   std::vector<int32_t> block_starts;
   oracle::HostRotation rotation = oracle::MakeRotation(kTokens, kHeadDim, false);
@@ -67,13 +79,13 @@ struct Layer {
     block_starts.push_back(kTokens);
   }
   TensorView Keys() const {
-    return DenseView(keys.data(), DType::kBFloat16, kTokens, kKvHeads, kHeadDim);
+    return DenseView(keys->data(), DType::kBFloat16, kTokens, kKvHeads, kHeadDim);
   }
   TensorView Values() const {
-    return DenseView(values.data(), DType::kBFloat16, kTokens, kKvHeads, kHeadDim);
+    return DenseView(values->data(), DType::kBFloat16, kTokens, kKvHeads, kHeadDim);
   }
   TensorView Queries() const {
-    return DenseView(queries.data(), DType::kBFloat16, kWindow, kQueryHeads, kHeadDim);
+    return DenseView(queries->data(), DType::kBFloat16, kWindow, kQueryHeads, kHeadDim);
   }
   int64_t num_blocks() const { return static_cast<int64_t>(block_starts.size()) - 1; }
 };
@@ -158,9 +170,8 @@ void Measure(benchmark::State& state, const Case& test, int threads) {
 
 // memcpy of `num_bytes` in total, cut among the threads.
 std::function<void()> CopyCeiling(Runner& runner, int64_t num_bytes) {
-  auto from = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(num_bytes));
-  auto to = std::make_shared<std::vector<std::byte>>(static_cast<size_t>(num_bytes));
-  std::memset(from->data(), 1, from->size());
+  auto from = Memory::Bytes(num_bytes);
+  auto to = Memory::Bytes(num_bytes);
   return [&runner, from, to, num_bytes] {
     runner.pool.ParallelFor(runner.threads, [&](int64_t part, int /*slot*/) {
       const int64_t begin = num_bytes * part / runner.threads;
@@ -173,12 +184,12 @@ std::function<void()> CopyCeiling(Runner& runner, int64_t num_bytes) {
 
 // Every byte read once, nothing written: the ceiling of reductions.
 std::function<void()> ReadCeiling(Runner& runner, int64_t num_bytes) {
-  auto from = std::make_shared<std::vector<uint64_t>>(static_cast<size_t>(num_bytes / 8), 1);
+  auto from = Memory::Bytes(num_bytes);
   return [&runner, from] {
-    const auto count = static_cast<int64_t>(from->size());
+    const int64_t count = from->size_bytes() / 8;
     runner.pool.ParallelFor(runner.threads, [&](int64_t part, int /*slot*/) {
       uint64_t sums[8] = {};
-      const uint64_t* words = from->data();
+      const auto* words = from->as<uint64_t>();
       const int64_t end = count * (part + 1) / runner.threads;
       for (int64_t i = count * part / runner.threads; i + 8 <= end; i += 8) {
         for (int lane = 0; lane < 8; ++lane) sums[lane] += words[i + lane];
@@ -191,15 +202,15 @@ std::function<void()> ReadCeiling(Runner& runner, int64_t num_bytes) {
 // OpenBLAS sgemm of M = W * G, N = T, K = D for each KV head, `count` times.
 std::function<void()> GemmCeiling(const Runner& runner, int count) {
   constexpr int kRows = kWindow * kQueryHeads / kKvHeads;
-  auto a = std::make_shared<std::vector<float>>(static_cast<size_t>(kRows) * kHeadDim, 0.5F);
-  auto b = std::make_shared<std::vector<float>>(static_cast<size_t>(kTokens) * kHeadDim, 0.25F);
-  auto c = std::make_shared<std::vector<float>>(static_cast<size_t>(kTokens) * kRows);
+  auto a = Memory::Bytes(int64_t{4} * kRows * kHeadDim);
+  auto b = Memory::Bytes(4 * kTokens * kHeadDim);
+  auto c = Memory::Bytes(4 * kTokens * kRows);
   return [threads = runner.threads, a, b, c, count] {
     openblas_set_num_threads(threads);
     for (int h = 0; h < kKvHeads * count; ++h) {
       cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, kRows, static_cast<int>(kTokens),
-                  kHeadDim, 1.0F, a->data(), kHeadDim, b->data(), kHeadDim, 0.0F, c->data(),
-                  static_cast<int>(kTokens));
+                  kHeadDim, 1.0F, a->as<float>(), kHeadDim, b->as<float>(), kHeadDim, 0.0F,
+                  c->as<float>(), static_cast<int>(kTokens));
     }
     benchmark::DoNotOptimize(c->data());
   };
@@ -220,7 +231,7 @@ void Check(const absl::Status& status) {
 Case ApplyCase(Runner& runner, int64_t percent, Format format, bool rotated) {
   const auto kept = std::make_shared<std::vector<int32_t>>(KeptTokens(percent));
   const auto num_kept = static_cast<int64_t>(kept->size());
-  auto pages = Zeros<std::byte>((num_kept + 15) / 16 * 16 * kTokenBytes);
+  auto pages = Memory::Bytes((num_kept + 15) / 16 * 16 * kTokenBytes);
   auto scales = Zeros<float>((num_kept + 15) * kKvHeads);
   GatherPagesParams params{.source = TheLayer().Keys(),
                            .kept = kept->data(),
@@ -275,14 +286,14 @@ Case MeasureAttentionCase(Runner& runner) {
   const auto kept = std::make_shared<std::vector<int32_t>>(KeptTokens(20));
   const auto num_kept = static_cast<int64_t>(kept->size());
   auto out = Zeros<float>(3 * kQueryHeads);
-  const auto kept_view = [&](const std::vector<uint16_t>& data) {
+  const auto kept_view = [&](const Buffer& data) {
     return DenseView(data.data(), DType::kBFloat16, num_kept, kKvHeads, kHeadDim);
   };
   MeasureAttentionParams params{.queries = TheLayer().Queries(),
                                 .keys = TheLayer().Keys(),
                                 .values = TheLayer().Values(),
-                                .kept_keys = kept_view(TheLayer().keys),
-                                .kept_values = kept_view(TheLayer().values),
+                                .kept_keys = kept_view(*TheLayer().keys),
+                                .kept_values = kept_view(*TheLayer().values),
                                 .kept = kept->data(),
                                 .num_kept = num_kept,
                                 .rotation = {},
