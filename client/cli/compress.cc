@@ -65,13 +65,13 @@ void PrintHuman(const Flags& flags, const Capture& capture, const CompressResult
             << HumanDuration(result.elapsed) << "\n\n"
             << HumanReport(end.plan(), end.receipt()) << "\n";
   const int64_t out = flags.shadow ? end.shadow_bytes_out() : end.bytes_out();
-  std::cout << "bytes    " << HumanBytes(static_cast<double>(end.bytes_in())) << " -> "
-            << HumanBytes(static_cast<double>(out));
   if (end.bytes_in() > 0 && !flags.plan_only) {
-    std::cout << "  (" << Percent(static_cast<double>(out) / static_cast<double>(end.bytes_in()))
-              << (flags.shadow ? ", shadow: originals returned)" : ")");
+    std::cout << "bytes    " << HumanBytes(static_cast<double>(end.bytes_in())) << " -> "
+              << HumanBytes(static_cast<double>(out)) << "  ("
+              << Percent(static_cast<double>(out) / static_cast<double>(end.bytes_in()))
+              << (flags.shadow ? ", shadow: originals returned)\n" : ")\n");
   }
-  std::cout << "\nplan     " << end.plan().hash() << "\n";
+  std::cout << "plan     " << end.plan().hash() << "\n";
   if (!end.representation_salt().empty()) {
     std::cout << "salt     " << end.representation_salt() << "\n";
   }

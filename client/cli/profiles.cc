@@ -36,7 +36,7 @@ std::string CsvField(const std::string& text) {
 std::string Csv(const v1::DelimiterProfile& profile) {
   std::string csv = "token_id,weight,sentence_end,text,num_occurrences,score\n";
   for (const v1::DelimiterWeight& weight : profile.weights()) {
-    absl::StrAppendFormat(&csv, "%d,%.9g,%d,%s,%d,%.9g\n", weight.token_id(), weight.weight(),
+    absl::StrAppendFormat(&csv, "%d,%.6g,%d,%s,%d,%.6g\n", weight.token_id(), weight.weight(),
                           weight.sentence_end() ? 1 : 0, CsvField(weight.text()),
                           weight.num_occurrences(), weight.score());
   }

@@ -34,7 +34,8 @@ std::string DescribeSegmentation(const v1::Segmentation& segmentation) {
   if (segmentation.method() == v1::Segmentation::METHOD_FIXED) {
     absl::StrAppend(&text, "(", segmentation.block_size(), ")");
   } else if (segmentation.method() == v1::Segmentation::METHOD_DYNAMIC) {
-    absl::StrAppend(&text, "(", segmentation.block_size(), "±", segmentation.max_deviation(), ")");
+    absl::StrAppend(&text, "(", segmentation.block_size(), "±", segmentation.max_deviation(),
+                    segmentation.profile().empty() ? "" : ", ", segmentation.profile(), ")");
   }
   return text;
 }

@@ -12,7 +12,7 @@
 
 namespace dynsplit::cli {
 
-// "dynsplit: dynamic(14±6), window-queries, uniform 25.0 %, evict, layer"
+// "dynsplit: dynamic(14±6, smollm2), window-queries, uniform 25.0 %, evict, scope layer"
 std::string DescribePolicy(const v1::Policy& policy);
 
 // A table of the layers, then totals.

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/cpp/stream_call.h"
 
-#include <utility>
-
 namespace dynsplit {
 
 StreamCall::StreamCall(grpc::GenericStub& stub, grpc::ClientContext& context,
-                       const std::string& method, grpc::ByteBuffer begin, RequestFrames& frames)
-    : frames_(frames), outgoing_(std::move(begin)) {
+                       const std::string& method, const grpc::ByteBuffer& begin,
+                       RequestFrames& frames)
+    : frames_(frames), outgoing_(begin) {
   stub.PrepareBidiStreamingCall(&context, method, grpc::StubOptions(), this);
   // The owner starts reads, and the first chunk, from outside of the reactions; Finish lets go.
   AddHold();

@@ -20,7 +20,7 @@ class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
  public:
   // Starts the call and sends `begin`. All references outlive Finish.
   StreamCall(grpc::GenericStub& stub, grpc::ClientContext& context, const std::string& method,
-             grpc::ByteBuffer begin, RequestFrames& frames);
+             const grpc::ByteBuffer& begin, RequestFrames& frames);
 
   // Waits for the next message; false when no more will come.
   bool Read(grpc::ByteBuffer& message);
