@@ -326,15 +326,14 @@ void CompressionCall::Pump() {
 
 void CompressionCall::OnWritten(bool ok) {
   std::shared_ptr<Request> layer_sent;
-  std::deque<Outgoing> sent;  // freed outside the lock
   std::shared_ptr<Request> over;
+  std::deque<Outgoing> sent;  // freed outside the lock
   {
     absl::MutexLock lock(&mu_);
     writing_ = false;
     sending_ += absl::Now() - write_started_;
     outgoing.Clear();
-    if (!ok && !settled_.has_value()) settled_ = absl::CancelledError("the client is gone");
-    if (!settled_.has_value()) {
+    if (ok && !settled_.has_value()) {
       if (queue_.empty()) {  // that was the end
         settled_ = absl::OkStatus();
         over = std::exchange(request_, nullptr);
@@ -344,8 +343,9 @@ void CompressionCall::OnWritten(bool ok) {
         if (sent.front().ends_layer) layer_sent = request_;
       }
     }
-    Pump();
+    if (ok || settled_.has_value()) Pump();
   }
+  if (!ok) OnCancel();  // the client is gone
   sent.clear();
   if (layer_sent != nullptr) layer_sent->LayerSent();
 }
