@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <iostream>
 #include <memory>
 #include <thread>
@@ -38,7 +39,8 @@ struct Samples {
 };
 
 double Percentile(const std::vector<double>& sorted, double share) {
-  const auto rank = static_cast<size_t>(share * static_cast<double>(sorted.size() - 1) + 0.5);
+  const auto rank =
+      static_cast<size_t>(std::lround(share * static_cast<double>(sorted.size() - 1)));
   return sorted[rank];
 }
 
@@ -64,6 +66,7 @@ absl::Duration RunRound(Client& client, const CompressJob& job, int parallel, in
   std::atomic<int> left{num_requests};
   const absl::Time start = absl::Now();
   std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(parallel));
   for (int i = 0; i < parallel; ++i) {
     threads.emplace_back([&] { Work(client, job, left, samples); });
   }

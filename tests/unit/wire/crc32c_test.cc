@@ -56,7 +56,7 @@ TEST(Crc32cTest, AgreesWithDefinitionAtAllSmallSizesAndAlignments) {
 TEST(Crc32cTest, SeedContinues) {
   const std::vector<uint8_t> bytes = RandomBytes(1000, 1);
   const uint32_t whole = Crc32c(bytes.data(), bytes.size());
-  for (const size_t cut : {0, 1, 7, 500, 999, 1000}) {
+  for (const size_t cut : std::vector<size_t>{0, 1, 7, 500, 999, 1000}) {
     const uint32_t head = Crc32c(bytes.data(), cut);
     EXPECT_EQ(Crc32c(bytes.data() + cut, bytes.size() - cut, head), whole) << cut;
   }
@@ -65,7 +65,7 @@ TEST(Crc32cTest, SeedContinues) {
 TEST(Crc32cTest, CombineEqualsCrcOfConcatenation) {
   const std::vector<uint8_t> bytes = RandomBytes(70'001, 2);
   const uint32_t whole = Crc32c(bytes.data(), bytes.size());
-  for (const size_t cut : {0, 1, 2, 3, 63, 64, 4096, 65'536, 70'000, 70'001}) {
+  for (const size_t cut : std::vector<size_t>{0, 1, 2, 3, 63, 64, 4096, 65'536, 70'000, 70'001}) {
     const uint32_t head = Crc32c(bytes.data(), cut);
     const uint32_t tail = Crc32c(bytes.data() + cut, bytes.size() - cut);
     EXPECT_EQ(Crc32cCombine(head, tail, bytes.size() - cut), whole) << cut;
@@ -86,7 +86,7 @@ TEST(Crc32cTest, CombineIsAssociativeBeyond32BitLengths) {
 }
 
 TEST(Crc32cTest, CopyCopiesAndChecks) {
-  for (const size_t n : {0, 1, 16'383, 16'384, 16'385, 100'003}) {
+  for (const size_t n : std::vector<size_t>{0, 1, 16'383, 16'384, 16'385, 100'003}) {
     const std::vector<uint8_t> source = RandomBytes(n, 4);
     std::vector<uint8_t> target(n + 1, 0xA5);
     EXPECT_EQ(CopyAndCrc32c(target.data(), source.data(), n, 77), Crc32c(source.data(), n, 77));

@@ -117,7 +117,7 @@ TEST(FrameTest, PayloadIsNotCopiedAndOwnerLivesAsLongAsTheSlice) {
 }
 
 TEST(FrameTest, RoundTripThroughOddSlices) {
-  for (const size_t n : {1, 2, 100, 5000}) {
+  for (const size_t n : std::vector<size_t>{1, 2, 100, 5000}) {
     const v1::CompressRequest sample = SampleChunk(n);
     const std::string bytes = sample.SerializeAsString();
     for (const std::vector<size_t>& sizes : std::vector<std::vector<size_t>>{
@@ -322,7 +322,7 @@ std::vector<Malformed> MalformedMessages() {
 
 TEST(FrameTest, MalformedMessagesAreInvalid) {
   for (const Malformed& malformed : MalformedMessages()) {
-    for (const size_t slice : {1, 2, 100}) {
+    for (const size_t slice : std::vector<size_t>{1, 2, 100}) {
       const absl::Status status = ParseFrame(Sliced(malformed.bytes, {slice}), 100).status();
       EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << malformed.name;
     }
