@@ -33,14 +33,12 @@ constexpr int KernelRows(int vectors) {
 template <int kRows, int kVectors>
 HWY_INLINE void MultiplyKernel(const MultiplyParams& p, int64_t row, int64_t column) {
   const Floats d;
-  const size_t lanes = hn::Lanes(d);
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  float* c = p.c + row * p.columns + column;
   VFloat sums[kRows][kVectors];
   for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      sums[r][v] =
-          p.accumulate
-              ? hn::LoadU(d, p.c + (row + r) * p.columns + column + static_cast<int64_t>(v * lanes))
-              : hn::Zero(d);
+      sums[r][v] = p.accumulate ? hn::LoadU(d, c + r * p.columns + v * lanes) : hn::Zero(d);
     }
   }
   const float* HWY_RESTRICT a = p.a + row * p.a_row_stride;
@@ -58,10 +56,7 @@ HWY_INLINE void MultiplyKernel(const MultiplyParams& p, int64_t row, int64_t col
     b += p.columns;
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) {
-      hn::StoreU(sums[r][v], d,
-                 p.c + (row + r) * p.columns + column + static_cast<int64_t>(v * lanes));
-    }
+    for (int v = 0; v < kVectors; ++v) hn::StoreU(sums[r][v], d, c + r * p.columns + v * lanes);
   }
 }
 

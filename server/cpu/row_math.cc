@@ -45,38 +45,29 @@ void AddScaled(const float* row, float factor, int64_t count, float* sum) {
   for (; c < count; ++c) sum[c] += row[c] * factor;
 }
 
+// Row by row, as memory lies: a column of rows whose distance is a power of two shares cache sets.
 void FoldRows(const FoldParams& p) {
   const Floats d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  int64_t c = 0;
-  for (; c + lanes <= p.count; c += lanes) {
+  const int64_t whole = p.count / lanes * lanes;
+  for (int64_t r = 0; r < p.num_rows; ++r) {
+    const float* row = p.rows + r * p.count;
     if (p.min != nullptr) {
-      VFloat smallest = hn::LoadU(d, p.min + c);
-      VFloat largest = hn::LoadU(d, p.max + c);
-      for (int64_t r = 0; r < p.num_rows; ++r) {
-        const VFloat value = hn::LoadU(d, p.rows + r * p.count + c);
-        smallest = hn::Min(smallest, value);
-        largest = hn::Max(largest, value);
+      for (int64_t c = 0; c < whole; c += lanes) {
+        const VFloat value = hn::LoadU(d, row + c);
+        hn::StoreU(hn::Min(hn::LoadU(d, p.min + c), value), d, p.min + c);
+        hn::StoreU(hn::Max(hn::LoadU(d, p.max + c), value), d, p.max + c);
       }
-      hn::StoreU(smallest, d, p.min + c);
-      hn::StoreU(largest, d, p.max + c);
+      for (int64_t c = whole; c < p.count; ++c) {
+        p.min[c] = std::min(p.min[c], row[c]);
+        p.max[c] = std::max(p.max[c], row[c]);
+      }
     }
     if (p.sum != nullptr) {
-      VFloat sum = hn::LoadU(d, p.sum + c);
-      for (int64_t r = 0; r < p.num_rows; ++r) {
-        sum = hn::Add(sum, hn::LoadU(d, p.rows + r * p.count + c));
+      for (int64_t c = 0; c < whole; c += lanes) {
+        hn::StoreU(hn::Add(hn::LoadU(d, p.sum + c), hn::LoadU(d, row + c)), d, p.sum + c);
       }
-      hn::StoreU(sum, d, p.sum + c);
-    }
-  }
-  for (; c < p.count; ++c) {
-    for (int64_t r = 0; r < p.num_rows; ++r) {
-      const float value = p.rows[r * p.count + c];
-      if (p.min != nullptr) {
-        p.min[c] = std::min(p.min[c], value);
-        p.max[c] = std::max(p.max[c], value);
-      }
-      if (p.sum != nullptr) p.sum[c] += value;
+      for (int64_t c = whole; c < p.count; ++c) p.sum[c] += row[c];
     }
   }
 }

@@ -11,7 +11,7 @@
 namespace dynsplit::cpu {
 namespace {
 
-constexpr int64_t kTileFloats = 16384;  // decoded at a time: stays in the second-level cache
+constexpr int64_t kTileFloats = 4096;  // decoded at a time: stays in the first-level cache
 constexpr int64_t kBlocksPerChunk = 16;
 
 struct Fold {
