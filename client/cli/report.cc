@@ -41,7 +41,7 @@ std::string DescribeSegmentation(const v1::Segmentation& segmentation) {
 }
 
 std::string DescribeBudget(const v1::Budget& budget) {
-  const std::string method = Choice(v1::Budget::Method_Name(budget.method()), kMethod);
+  std::string method = Choice(v1::Budget::Method_Name(budget.method()), kMethod);
   switch (budget.target_case()) {
     case v1::Budget::kKeptRatio:
       return absl::StrCat(method, " ", Percent(budget.kept_ratio()));
