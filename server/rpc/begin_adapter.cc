@@ -404,8 +404,8 @@ absl::Status DecodePlan(const v1::Plan& wire, RequestSpec& spec) {
 absl::Status CheckPlanTensors(const RequestSpec& spec, const Tensors& tensors, int64_t num_blocks) {
   for (size_t layer = 0; layer < tensors.layers.size(); ++layer) {
     const LayerPlan& plan = spec.plan->layers[layer];
-    const absl::Status status = CheckBytes(*Find(tensors.layers[layer], TensorKind::kKeptTokens),
-                                           4 * plan.groups * plan.num_kept);
+    absl::Status status = CheckBytes(*Find(tensors.layers[layer], TensorKind::kKeptTokens),
+                                     4 * plan.groups * plan.num_kept);
     if (!status.ok()) return status;
   }
   if (num_blocks < 1 || num_blocks > spec.sequence.shape.num_tokens) {
