@@ -224,6 +224,7 @@ TEST(CpuBackend, StreamsMayRunAtOnce) {
   shape.kept_ratio = 1;
   const std::vector<float> expected = FloatResults(*backend, shape);
   std::vector<std::thread> callers;
+  callers.reserve(5);
   std::atomic<int> wrong{0};
   for (int caller = 0; caller < 5; ++caller) {
     callers.emplace_back([&] {
@@ -244,6 +245,7 @@ TEST(CpuBackend, StreamsMayRunAtOnce) {
 TEST(ThreadPool, RunsEveryChunkOnceInSeparateSlots) {
   cpu::ThreadPool pool(4);
   std::vector<std::thread> callers;
+  callers.reserve(5);
   std::atomic<int> failures{0};
   for (int caller = 0; caller < 3; ++caller) {
     callers.emplace_back([&] {
