@@ -50,8 +50,7 @@ absl::Status CheckFinite(const CheckFiniteParams& params, const Launch& launch) 
   if (absl::Status status = LaunchStatus("FillInt32"); !status.ok()) return status;
   if (view.num_tokens == 0) return absl::OkStatus();
   const int64_t token_chunks = static_cast<int64_t>(view.num_heads) * (view.head_dim / kChunk);
-  const int64_t tokens_per_block =
-      std::max<int64_t>(1, kThreads * kChunksPerThread / token_chunks);
+  const int64_t tokens_per_block = std::max<int64_t>(1, kThreads * kChunksPerThread / token_chunks);
   const auto grid = static_cast<unsigned>(CeilDiv(view.num_tokens, tokens_per_block));
   DispatchDType(view.dtype, [&]<typename T>() {
     CheckFiniteKernel<T><<<grid, kThreads, 0, launch.stream>>>(

@@ -5,7 +5,7 @@ namespace dynsplit::kernels {
 namespace {
 
 constexpr int64_t kBlocksPerSm = 2;
-constexpr int64_t kMmaTileItems = 64;      // log-sum-exp pass
+constexpr int64_t kMmaTileItems = 64;       // log-sum-exp pass
 constexpr int64_t kStageBytes = 64 * 1024;  // shared memory for queries, column pass
 constexpr int64_t kWarps = 8;
 
@@ -39,16 +39,16 @@ MmaConfig ChooseMmaConfig(const ColumnShape& shape, int num_sms) {
   config.row_blocks =
       static_cast<int>(DivideUp(config.rows, config.warps_along_rows * rows_per_warp));
   const int64_t blocks = kBlocksPerSm * num_sms;
-  config.splits = static_cast<int>(std::clamp<int64_t>(
-      blocks / (int64_t{shape.num_kv_heads} * config.row_blocks), 1,
-      DivideUp(shape.num_items, kMmaTileItems)));
+  config.splits = static_cast<int>(
+      std::clamp<int64_t>(blocks / (int64_t{shape.num_kv_heads} * config.row_blocks), 1,
+                          DivideUp(shape.num_items, kMmaTileItems)));
 
   const int64_t row_bytes = config.steps * 64L;
   config.rows_per_stage =
       static_cast<int>(std::min<int64_t>(config.rows, kStageBytes / row_bytes / 16 * 16));
-  config.column_blocks = static_cast<int>(
-      std::clamp<int64_t>(DivideUp(blocks, shape.num_kv_heads), 1,
-                          std::max<int64_t>(DivideUp(shape.num_columns, kWarps * rows_per_warp), 1)));
+  config.column_blocks = static_cast<int>(std::clamp<int64_t>(
+      DivideUp(blocks, shape.num_kv_heads), 1,
+      std::max<int64_t>(DivideUp(shape.num_columns, kWarps * rows_per_warp), 1)));
   return config;
 }
 
@@ -58,8 +58,8 @@ SimtConfig ChooseSimtConfig(const ColumnShape& shape, int num_sms) {
   config.rows = shape.group * shape.window;
   config.depth_padded = static_cast<int>(RoundUp(shape.depth, 32));
   const int64_t row_blocks = DivideUp(config.rows, kTile) * shape.num_kv_heads;
-  config.splits = static_cast<int>(std::clamp<int64_t>(
-      DivideUp(4L * num_sms, row_blocks), 1, DivideUp(shape.num_items, kTile)));
+  config.splits = static_cast<int>(
+      std::clamp<int64_t>(DivideUp(4L * num_sms, row_blocks), 1, DivideUp(shape.num_items, kTile)));
   return config;
 }
 

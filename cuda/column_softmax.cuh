@@ -7,56 +7,22 @@
 
 #include "cuda/column_softmax.h"
 #include "cuda/cuda_status.h"
+#include "cuda/exponent.cuh"
 #include "cuda/tensor.cuh"
 
 namespace dynsplit::kernels {
 
-inline constexpr float kLog2E = 1.4426950408889634F;
-inline constexpr float kNoLogit = -1e30F;  // below every logit, yet differences stay finite
-
 struct ColumnArgs {
   ColumnSoftmax op;
   ColumnShape shape;
-  bool aligned;          // chunks of items and items_low
-  int window_padded;     // rows a query head
-  int rows;              // rows a KV head
-  float scale_log2;      // softmax_scale * log2(e)
-  const void* queries;   // packed [Hkv, rows, depth_padded]
-  float2* partials;      // [Hkv, rows, num_partials]: maximum and sum, base 2
+  bool aligned;         // chunks of items and items_low
+  int window_padded;    // rows a query head
+  int rows;             // rows a KV head
+  float scale_log2;     // softmax_scale * log2(e)
+  const void* queries;  // packed [Hkv, rows, depth_padded]
+  float2* partials;     // [Hkv, rows, num_partials]: maximum and sum, base 2
   int num_partials;
-  float* lse_log2;       // [Hkv, rows]; +infinity in padding rows
-};
-
-// 2^x, relative error 2^-22; results below 2^-126 are zero.
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Running maximum and sum of 2^(x - maximum).
-struct SoftmaxSum {
-  float maximum = kNoLogit;
-  float sum = 0;
-
-  __device__ void Add(float x) {
-    if (x > maximum) {
-      sum *= Exp2(maximum - x);
-      maximum = x;
-    }
-    sum += Exp2(x - maximum);
-  }
-  __device__ void Merge(SoftmaxSum other) {
-    const float larger = fmaxf(maximum, other.maximum);
-    sum = sum * Exp2(maximum - larger) + other.sum * Exp2(other.maximum - larger);
-    maximum = larger;
-  }
-  // Over groups of `lanes` lanes; all lanes of the warp take part.
-  __device__ void MergeLanes(int lanes) {
-    for (int offset = lanes / 2; offset > 0; offset /= 2) {
-      Merge({__shfl_xor_sync(kFullWarp, maximum, offset), __shfl_xor_sync(kFullWarp, sum, offset)});
-    }
-  }
+  float* lse_log2;  // [Hkv, rows]; +infinity in padding rows
 };
 
 // Last item that row `r` sees.
@@ -90,8 +56,8 @@ __global__ void PackQueriesKernel(ColumnArgs args, bool aligned, int depth_padde
   if (i < args.shape.window && chunk * kChunk < args.shape.depth) {
     const int head_chunks = queries.head_dim / kChunk;
     const bool low = chunk >= head_chunks;
-    LoadAnyValues(queries, aligned, i, h * args.shape.group + g,
-                  low ? chunk - head_chunks : chunk, values);
+    LoadAnyValues(queries, aligned, i, h * args.shape.group + g, low ? chunk - head_chunks : chunk,
+                  values);
     if (args.op.items_low.data != nullptr) {
 #pragma unroll
       for (int c = 0; c < kChunk; ++c) {
@@ -117,9 +83,10 @@ static __global__ void __launch_bounds__(kJoinThreads) JoinRowsKernel(ColumnArgs
   const int i = r - g * args.window_padded;
   float lse_log2 = INFINITY;
   if (i < args.shape.window && args.op.lse != nullptr) {
-    lse_log2 = args.op.lse[static_cast<int64_t>(i) * args.op.queries.num_heads +
-                           h * args.shape.group + g] *
-               kLog2E;
+    lse_log2 =
+        args.op
+            .lse[static_cast<int64_t>(i) * args.op.queries.num_heads + h * args.shape.group + g] *
+        kLog2E;
   } else if (i < args.shape.window) {
     SoftmaxSum total;
     for (int part = lane; part < args.num_partials; part += kWarp) {
@@ -144,8 +111,7 @@ struct ColumnScratch {
   void Assign(std::byte* base, ColumnArgs& args) const {
     args.queries = base;
     args.partials = reinterpret_cast<float2*>(base + Align(queries_bytes));
-    args.lse_log2 =
-        reinterpret_cast<float*>(base + Align(queries_bytes) + Align(partials_bytes));
+    args.lse_log2 = reinterpret_cast<float*>(base + Align(queries_bytes) + Align(partials_bytes));
   }
 };
 
@@ -161,8 +127,8 @@ inline ColumnScratch ScratchOf(const ColumnArgs& args, int depth_padded, int ele
 template <typename Out>
 absl::Status PackQueries(const ColumnArgs& args, int depth_padded, cudaStream_t stream) {
   constexpr int kThreads = 256;
-  const int64_t count = static_cast<int64_t>(args.shape.num_kv_heads) * args.rows *
-                        (depth_padded / kChunk);
+  const int64_t count =
+      static_cast<int64_t>(args.shape.num_kv_heads) * args.rows * (depth_padded / kChunk);
   PackQueriesKernel<Out><<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0, stream>>>(
       args, HasAlignedChunks(args.op.queries), depth_padded, count,
       static_cast<Chunk<Out>*>(const_cast<void*>(args.queries)));

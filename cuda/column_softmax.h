@@ -50,15 +50,15 @@ ColumnShape ShapeOf(const ColumnSoftmax& op);
 
 // Tensor cores: rows in tiles of 16, channels in steps of 32.
 struct MmaConfig {
-  int steps = 0;            // of 32 channels: 2, 4 or 8
-  int row_tiles = 0;        // of 16 rows (or items) a warp holds in registers: 2, or 1 for 8 steps
-  int window_padded = 0;    // multiple of 16
-  int rows = 0;             // group * window_padded
-  int warps_along_rows = 0; // log-sum-exp pass: 1, 2, 4 or 8 of the block's 8 warps
+  int steps = 0;             // of 32 channels: 2, 4 or 8
+  int row_tiles = 0;         // of 16 rows (or items) a warp holds in registers: 2, or 1 for 8 steps
+  int window_padded = 0;     // multiple of 16
+  int rows = 0;              // group * window_padded
+  int warps_along_rows = 0;  // log-sum-exp pass: 1, 2, 4 or 8 of the block's 8 warps
   int row_blocks = 0;
-  int splits = 0;           // of the items, log-sum-exp pass
-  int rows_per_stage = 0;   // column pass: query rows in shared memory at a time
-  int column_blocks = 0;    // column pass: thread blocks a KV head
+  int splits = 0;          // of the items, log-sum-exp pass
+  int rows_per_stage = 0;  // column pass: query rows in shared memory at a time
+  int column_blocks = 0;   // column pass: thread blocks a KV head
 
   int warps_along_items() const { return 8 / warps_along_rows; }
   int num_partials() const { return splits * warps_along_items(); }

@@ -1,85 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // column_softmax.h on tensor cores: bf16 or fp16 products, fp32 sums (mma.sync m16n8k16).
-//
-// A product does not depend on the order of its channels, so operands are fed in an order that
-// suits 16-byte loads: of every 32 channels, thread q of a quad supplies 8q .. 8q+7, four to each
-// of two m16n8k16 steps. Both operands follow that order.
-//
-// Shared memory rows are KS * 64 bytes; chunk c of row n lies at c ^ 4 (n & 1), so that the eight
-// lanes of a 16-byte phase (two rows, four chunks) touch all 32 banks.
 #include <cuda_pipeline_primitives.h>
 
-#include <type_traits>
-
 #include "cuda/column_softmax.cuh"
+#include "cuda/mma.cuh"
 
 namespace dynsplit::kernels {
 namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTileRows = 16;   // of the register operand
-constexpr int kTileCols = 8;    // of the shared-memory operand
 constexpr int kTileItems = 64;  // items in shared memory at a time, log-sum-exp pass
 constexpr int kStages = 2;
-
-template <typename T>
-__device__ void Mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-}
-
-// 16 rows in registers: thread (row, quad lane q) holds rows `row` and `row + 8`.
-template <int KS>
-struct RowTile {
-  uint32_t a[2 * KS][4];
-
-  __device__ void Set(int step, uint4 upper, uint4 lower) {
-    a[2 * step][0] = upper.x;
-    a[2 * step][1] = lower.x;
-    a[2 * step][2] = upper.y;
-    a[2 * step][3] = lower.y;
-    a[2 * step + 1][0] = upper.z;
-    a[2 * step + 1][1] = lower.z;
-    a[2 * step + 1][2] = upper.w;
-    a[2 * step + 1][3] = lower.w;
-  }
-};
-
-template <int KS>
-__device__ uint4* SharedChunk(uint4* tile, int row, int chunk) {
-  return tile + row * (KS * 4) + (chunk ^ ((row & 1) << 2));
-}
-
-// sums[m] = products of row tile m with the 8 shared rows from `row` on.
-template <typename T, int KS, int MT>
-__device__ void Multiply(float (&sums)[MT][4], const RowTile<KS> (&tiles)[MT], uint4* shared,
-                         int row, int lane) {
-#pragma unroll
-  for (int m = 0; m < MT; ++m) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[m][i] = 0;
-  }
-#pragma unroll
-  for (int step = 0; step < KS; ++step) {
-    const uint4 b = *SharedChunk<KS>(shared, row + lane / 4, 4 * step + lane % 4);
-#pragma unroll
-    for (int m = 0; m < MT; ++m) {
-      Mma<T>(sums[m], tiles[m].a[2 * step], b.x, b.y);
-      Mma<T>(sums[m], tiles[m].a[2 * step + 1], b.z, b.w);
-    }
-  }
-}
 
 // Address of 8 channels of item n, the channels of items_low behind those of items.
 // Requires: chunk * 8 < depth, n < num_items.
@@ -93,19 +26,12 @@ __device__ const std::byte* ItemChunk(const ColumnArgs& args, int64_t n, int h, 
          (chunk - head_chunks) * static_cast<int>(sizeof(Chunk<T>));
 }
 
-template <typename T>
-__device__ uint4 LoadBits(const std::byte* address, bool aligned) {
-  const Chunk<T> chunk = LoadChunk<T>(address, aligned);
-  return *reinterpret_cast<const uint4*>(&chunk);
-}
-
 // ---- pass 1: log-sum-exp of the rows -----------------------------------------------------------
 
 template <typename T, int KS>
 __device__ void FetchItems(const ColumnArgs& args, int h, int64_t first, uint4* stage) {
   constexpr int kRowChunks = KS * 4;
-  for (int unit = static_cast<int>(threadIdx.x); unit < kTileItems * kRowChunks;
-       unit += kThreads) {
+  for (int unit = static_cast<int>(threadIdx.x); unit < kTileItems * kRowChunks; unit += kThreads) {
     const int row = unit / kRowChunks;
     const int chunk = unit % kRowChunks;
     const int64_t n = first + row;
@@ -161,15 +87,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     queries[m] = LoadQueryTile<KS>(args, h, first_tile + m, lane);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      last_visible[m][half] =
-          LastVisible(args, (first_tile + m) * kTileRows + half * 8 + lane / 4);
+      last_visible[m][half] = LastVisible(args, (first_tile + m) * kTileRows + half * 8 + lane / 4);
     }
   }
 
   const int64_t num_items = args.shape.num_items;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiles_per_split * kTileItems;
-  const int64_t end =
-      min(begin + static_cast<int64_t>(tiles_per_split) * kTileItems, num_items);
+  const int64_t end = min(begin + static_cast<int64_t>(tiles_per_split) * kTileItems, num_items);
   const int64_t first_masked =  // items from here on are hidden from some row
       args.op.causal ? num_items - args.shape.window + 1 : num_items;
   if (begin < end) FetchItems<T, KS>(args, h, begin, stages);
@@ -325,10 +249,9 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
         const int done = first_row + row + kTileCols;
         if (args.op.per_query_head && done % args.window_padded == 0) {
-          WriteColumns<MT>(args,
-                           static_cast<int64_t>(h) * args.shape.group +
-                               done / args.window_padded - 1,
-                           first_item, lane, sums);
+          WriteColumns<MT>(
+              args, static_cast<int64_t>(h) * args.shape.group + done / args.window_padded - 1,
+              first_item, lane, sums);
         }
       }
     }
@@ -366,8 +289,8 @@ absl::Status SumColumns(const ColumnArgs& args, const MmaConfig& config, cudaStr
   if (!status.ok()) return status;
   const dim3 grid(static_cast<unsigned>(config.column_blocks),
                   static_cast<unsigned>(args.shape.num_kv_heads));
-  SumColumnsKernel<T, KS, MT><<<grid, kThreads, static_cast<size_t>(shared_bytes), stream>>>(
-      args, config.rows_per_stage);
+  SumColumnsKernel<T, KS, MT>
+      <<<grid, kThreads, static_cast<size_t>(shared_bytes), stream>>>(args, config.rows_per_stage);
   return LaunchStatus("SumColumnsKernel");
 }
 

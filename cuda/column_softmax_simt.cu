@@ -36,9 +36,9 @@ struct QuerySource {
 };
 
 __device__ QuerySource QueriesOf(const ColumnArgs& args, int h, int depth_padded) {
-  return {static_cast<const float*>(args.queries) +
-              static_cast<int64_t>(h) * args.rows * depth_padded,
-          args.rows, depth_padded};
+  return {
+      static_cast<const float*>(args.queries) + static_cast<int64_t>(h) * args.rows * depth_padded,
+      args.rows, depth_padded};
 }
 
 // grid (splits, row blocks, KV heads)
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kSimtThreads)
   const ItemSource items = {args, h};
   SoftmaxSum rows[kSimtPart];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiles_per_split * kSimtTile;
-  const int64_t end = min(begin + static_cast<int64_t>(tiles_per_split) * kSimtTile,
-                          args.shape.num_items);
+  const int64_t end =
+      min(begin + static_cast<int64_t>(tiles_per_split) * kSimtTile, args.shape.num_items);
   for (int64_t first = begin; first < end; first += kSimtTile) {
     float logits[kSimtPart][kSimtPart] = {};
     MultiplyTile(tile, queries, first_row, items, first, depth_padded, logits);

@@ -46,7 +46,8 @@ class CudaStream : public Stream {
       : handle_(std::move(handle)), fault_(std::move(fault)) {}
 
   absl::Status Synchronize() override {
-    absl::Status status = fault_->Note(CudaStatus(cudaSetDevice(handle_->device()), "cudaSetDevice"));
+    absl::Status status =
+        fault_->Note(CudaStatus(cudaSetDevice(handle_->device()), "cudaSetDevice"));
     if (!status.ok()) return status;
     return fault_->Note(CudaStatus(cudaStreamSynchronize(handle_->get()), "cudaStreamSynchronize"));
   }
@@ -224,8 +225,8 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& op
   absl::Status status = CudaStatus(cudaSetDevice(options.device), "cudaSetDevice");
   if (!status.ok()) return status;
   cudaDeviceProp properties;
-  status = CudaStatus(cudaGetDeviceProperties(&properties, options.device),
-                      "cudaGetDeviceProperties");
+  status =
+      CudaStatus(cudaGetDeviceProperties(&properties, options.device), "cudaGetDeviceProperties");
   if (!status.ok()) return status;
   if (status = CheckDevice(properties); !status.ok()) return status;
   absl::StatusOr<int64_t> free_bytes = FreeDeviceBytes();

@@ -17,11 +17,10 @@ constexpr int64_t kRetryAfterMs = 100;
 constexpr int64_t kSmallestClassBytes = 4096;
 
 absl::Status Exhausted(std::string_view what, int64_t wanted, int64_t in_use, int64_t limit) {
-  return RetryLater(
-      absl::StatusCode::kResourceExhausted,
-      absl::StrCat(absl::string_view(what.data(), what.size()), ": ", wanted, " bytes wanted, ",
-                   in_use, " in use; the limit is ", limit),
-      kRetryAfterMs);
+  return RetryLater(absl::StatusCode::kResourceExhausted,
+                    absl::StrCat(absl::string_view(what.data(), what.size()), ": ", wanted,
+                                 " bytes wanted, ", in_use, " in use; the limit is ", limit),
+                    kRetryAfterMs);
 }
 
 }  // namespace
@@ -95,9 +94,8 @@ absl::StatusOr<Buffer> DevicePool::Allocate(int64_t size_bytes,
     absl::MutexLock lock(&mu_);
     owners_[data] = std::move(stream);
   }
-  return Buffer(data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
-    self->Free(p, size);
-  });
+  return Buffer(data, size_bytes,
+                [self = shared_from_this()](std::byte* p, int64_t size) { self->Free(p, size); });
 }
 
 void DevicePool::FreeOn(const Buffer& buffer, std::shared_ptr<StreamHandle> stream) {

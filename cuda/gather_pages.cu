@@ -129,11 +129,11 @@ absl::Status CopyPages(const Pages& p, const Launch& launch) {
   }
   if (absl::Status status = LaunchStatus("CopyPagesKernel"); !status.ok()) return status;
   if (p.source.scales == nullptr || p.scales == nullptr) return absl::OkStatus();
-  const int64_t count =
-      p.source.scale_granularity == ScaleGranularity::kHead ? p.source.num_heads
-                                                            : p.num_slots * p.source.num_heads;
-  CopyScalesKernel<<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0,
-                     launch.stream>>>(p, count);
+  const int64_t count = p.source.scale_granularity == ScaleGranularity::kHead
+                            ? p.source.num_heads
+                            : p.num_slots * p.source.num_heads;
+  CopyScalesKernel<<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0, launch.stream>>>(
+      p, count);
   return LaunchStatus("CopyScalesKernel");
 }
 
@@ -318,9 +318,9 @@ absl::Status ComputeHeadScales(const Pages& p, int lanes, const Launch& launch) 
   const int64_t bytes = source.num_heads * static_cast<int64_t>(sizeof(unsigned int));
   absl::StatusOr<Buffer> amax = launch.Scratch(bytes);
   if (!amax.ok()) return amax.status();
-  absl::Status status = CudaStatus(
-      cudaMemsetAsync(amax->data(), 0, static_cast<size_t>(bytes), launch.stream),
-      "cudaMemsetAsync");
+  absl::Status status =
+      CudaStatus(cudaMemsetAsync(amax->data(), 0, static_cast<size_t>(bytes), launch.stream),
+                 "cudaMemsetAsync");
   if (!status.ok()) return status;
   const int64_t rows_per_block = static_cast<int64_t>(kThreads / lanes) * kAmaxRowsPerGroup;
   const dim3 grid(static_cast<unsigned>(CeilDiv(std::max<int64_t>(p.num_kept, 1), rows_per_block)),
@@ -329,8 +329,9 @@ absl::Status ComputeHeadScales(const Pages& p, int lanes, const Launch& launch) 
     AmaxKernel<T><<<grid, kThreads, 0, launch.stream>>>(p, lanes, amax->as<unsigned int>());
   });
   if (status = LaunchStatus("AmaxKernel"); !status.ok()) return status;
-  HeadScalesKernel<Out><<<static_cast<unsigned>(CeilDiv(source.num_heads, kThreads)), kThreads, 0,
-                          launch.stream>>>(amax->as<unsigned int>(), source.num_heads, p.scales);
+  HeadScalesKernel<Out>
+      <<<static_cast<unsigned>(CeilDiv(source.num_heads, kThreads)), kThreads, 0, launch.stream>>>(
+          amax->as<unsigned int>(), source.num_heads, p.scales);
   return LaunchStatus("HeadScalesKernel");
 }
 

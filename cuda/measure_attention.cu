@@ -6,221 +6,16 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/column_softmax.cuh"
+#include "cuda/attend.cuh"
 #include "cuda/cuda_status.h"
 #include "cuda/operations.h"
 #include "cuda/rotation.cuh"
-#include "cuda/simt_tile.cuh"
 
 namespace dynsplit::kernels {
 namespace {
 
-constexpr int kValueColumns = 128;  // channels of the output a thread block accumulates
-constexpr int kValueRows = 32;      // items of V in shared memory at a time
-constexpr int kColumnsPerThread = kValueColumns / kSimtSide;
 constexpr int kThreads = 256;
-
-// Queries [W, Hq, D] as fp32 rows [Hkv, rows, depth_padded], row = head of the group * W + query.
-struct Queries {
-  const float* packed;
-  int window;
-  int group;
-  int rows;
-  int depth_padded;
-};
-
-// Partial results of one pass; row index is h * rows + r.
-struct Partials {
-  float2* sums;    // [splits, Hkv * rows]: maximum (base 2) and sum
-  float* outputs;  // [splits, Hkv * rows, D], not divided by the sum; null without values
-  int splits;
-};
-
-struct Pass {
-  Queries queries;
-  TensorView keys;
-  bool keys_aligned;
-  TensorView values;  // data null: sums only
-  bool values_aligned;
-  const int32_t* positions;  // [groups, num_items] position of item n; null = n
-  bool positions_per_head;
-  bool keys_by_position;  // keys are the original ones: item n is row positions[n]
-  int64_t num_items;
-  int64_t num_tokens;  // T
-  int num_kv_heads;
-  float scale_log2;
-  Partials out;
-
-  __device__ int64_t Position(int h, int64_t n) const {
-    return positions == nullptr ? n : positions[(positions_per_head ? h * num_items : 0) + n];
-  }
-};
-
-struct KeySource {
-  const Pass& pass;
-  int h;
-  __device__ void Load(int64_t n, int chunk, float (&out)[kChunk]) const {
-    if (n >= pass.num_items || chunk * kChunk >= pass.keys.head_dim) return;
-    const int64_t row = pass.keys_by_position ? pass.Position(h, n) : n;
-    LoadAnyValues(pass.keys, pass.keys_aligned, row, h, chunk, out);
-  }
-};
-
-struct QuerySource {
-  const float* rows_base;
-  int num_rows;
-  int depth_padded;
-  __device__ void Load(int64_t row, int chunk, float (&out)[kChunk]) const {
-    if (row >= num_rows) return;
-    LoadValues<float>(reinterpret_cast<const std::byte*>(rows_base + row * depth_padded), chunk,
-                      true, 1.0F, out);
-  }
-};
-
-// Thread (tx, ty) holds rows 4 ty .. + 3; sums are equal in all tx.
-struct AttendState {
-  float maximum[kSimtPart];
-  float sum[kSimtPart];
-  float output[kSimtPart][kColumnsPerThread];
-};
-
-// Weights of a tile relative to the new maxima, into `weights` [item][row]; rescales the state.
-template <bool kWithValues>
-__device__ void Weigh(const Pass& pass, int h, int first_row, int64_t first_item,
-                      float (&logits)[kSimtPart][kSimtPart], AttendState& state,
-                      float (&weights)[kSimtTile][kSimtPitch]) {
-  const int tx = static_cast<int>(threadIdx.x) % kSimtSide;
-  const int ty = static_cast<int>(threadIdx.x) / kSimtSide;
-  const int window = pass.queries.window;
-  int64_t positions[kSimtPart];
-#pragma unroll
-  for (int j = 0; j < kSimtPart; ++j) {
-    const int64_t n = first_item + tx * kSimtPart + j;
-    positions[j] = n < pass.num_items ? pass.Position(h, n) : pass.num_tokens;  // never visible
-  }
-#pragma unroll
-  for (int i = 0; i < kSimtPart; ++i) {
-    const int row = first_row + ty * kSimtPart + i;
-    const int64_t last_visible = pass.num_tokens - window + row % window;
-    float largest = kNoLogit;
-#pragma unroll
-    for (int j = 0; j < kSimtPart; ++j) {
-      logits[i][j] *= pass.scale_log2;
-      if (positions[j] <= last_visible) largest = fmaxf(largest, logits[i][j]);
-    }
-    largest = fmaxf(GroupMax(largest, kSimtSide), state.maximum[i]);
-    const float shrink = Exp2(state.maximum[i] - largest);
-    state.maximum[i] = largest;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < kSimtPart; ++j) {
-      const float weight =
-          positions[j] <= last_visible ? Exp2(logits[i][j] - largest) : 0.0F;
-      sum += weight;
-      if (kWithValues) weights[tx * kSimtPart + j][ty * kSimtPart + i] = weight;
-    }
-    state.sum[i] = fmaf(state.sum[i], shrink, GroupSum(sum, kSimtSide));
-    if (kWithValues) {
-#pragma unroll
-      for (int c = 0; c < kColumnsPerThread; ++c) state.output[i][c] *= shrink;
-    }
-  }
-}
-
-// state.output += weights^T * values of the tile's items, `slice` times kValueColumns channels on.
-__device__ void AddValues(const Pass& pass, int h, int slice, int64_t first_item,
-                          float (&values)[kValueRows][kValueColumns],
-                          const float (&weights)[kSimtTile][kSimtPitch], AttendState& state) {
-  constexpr int kRowChunks = kValueColumns / kChunk;
-  const int tx = static_cast<int>(threadIdx.x) % kSimtSide;
-  const int ty = static_cast<int>(threadIdx.x) / kSimtSide;
-  for (int part = 0; part < kSimtTile; part += kValueRows) {
-    __syncthreads();  // weights are written, the logits' tile and the last values are done with
-    for (int unit = static_cast<int>(threadIdx.x); unit < kValueRows * kRowChunks;
-         unit += kSimtThreads) {
-      const int row = unit / kRowChunks;
-      const int chunk = slice * kRowChunks + unit % kRowChunks;
-      const int64_t n = first_item + part + row;
-      float loaded[kChunk] = {};
-      if (n < pass.num_items && chunk * kChunk < pass.values.head_dim) {
-        LoadAnyValues(pass.values, pass.values_aligned, n, h, chunk, loaded);
-      }
-#pragma unroll
-      for (int i = 0; i < kChunk; ++i) values[row][unit % kRowChunks * kChunk + i] = loaded[i];
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int row = 0; row < kValueRows; ++row) {
-      const float4 w = *reinterpret_cast<const float4*>(&weights[part + row][ty * kSimtPart]);
-      const float w_part[kSimtPart] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int c = 0; c < kColumnsPerThread; ++c) {
-        const float value = values[row][c * kSimtSide + tx];
-#pragma unroll
-        for (int i = 0; i < kSimtPart; ++i) {
-          state.output[i][c] = fmaf(w_part[i], value, state.output[i][c]);
-        }
-      }
-    }
-  }
-}
-
-// grid (splits, row blocks, KV heads * value slices)
-template <bool kWithValues>
-__global__ void __launch_bounds__(kSimtThreads) AttendKernel(Pass pass, int tiles_per_split) {
-  __shared__ union {
-    SimtTile tile;
-    float values[kValueRows][kValueColumns];
-  } shared;
-  __shared__ float weights[kWithValues ? kSimtTile : 1][kSimtPitch];
-  float(&tile_weights)[kSimtTile][kSimtPitch] =
-      reinterpret_cast<float(&)[kSimtTile][kSimtPitch]>(weights);
-  const int h = static_cast<int>(blockIdx.z) % pass.num_kv_heads;
-  const int slice = static_cast<int>(blockIdx.z) / pass.num_kv_heads;
-  const int first_row = static_cast<int>(blockIdx.y) * kSimtTile;
-  const int rows = pass.queries.rows;
-  const QuerySource queries = {
-      pass.queries.packed + static_cast<int64_t>(h) * rows * pass.queries.depth_padded, rows,
-      pass.queries.depth_padded};
-  const KeySource keys = {pass, h};
-  AttendState state;
-#pragma unroll
-  for (int i = 0; i < kSimtPart; ++i) {
-    state.maximum[i] = kNoLogit;
-    state.sum[i] = 0;
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) state.output[i][c] = 0;
-  }
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiles_per_split * kSimtTile;
-  const int64_t end =
-      min(begin + static_cast<int64_t>(tiles_per_split) * kSimtTile, pass.num_items);
-  for (int64_t first = begin; first < end; first += kSimtTile) {
-    float logits[kSimtPart][kSimtPart] = {};
-    MultiplyTile(shared.tile, queries, first_row, keys, first, pass.queries.depth_padded, logits);
-    Weigh<kWithValues>(pass, h, first_row, first, logits, state, tile_weights);
-    if constexpr (kWithValues) AddValues(pass, h, slice, first, shared.values, tile_weights, state);
-  }
-
-  const int tx = static_cast<int>(threadIdx.x) % kSimtSide;
-  const int ty = static_cast<int>(threadIdx.x) / kSimtSide;
-  const int64_t all_rows = static_cast<int64_t>(pass.num_kv_heads) * rows;
-#pragma unroll
-  for (int i = 0; i < kSimtPart; ++i) {
-    const int r = first_row + ty * kSimtPart + i;
-    if (r >= rows) continue;
-    const int64_t row = blockIdx.x * all_rows + static_cast<int64_t>(h) * rows + r;
-    if (slice == 0 && tx == 0) pass.out.sums[row] = make_float2(state.maximum[i], state.sum[i]);
-    if constexpr (kWithValues) {
-#pragma unroll
-      for (int c = 0; c < kColumnsPerThread; ++c) {
-        const int channel = slice * kValueColumns + c * kSimtSide + tx;
-        if (channel < pass.values.head_dim) {
-          pass.out.outputs[row * pass.values.head_dim + channel] = state.output[i][c];
-        }
-      }
-    }
-  }
-}
+constexpr int kDepthStep = 32;  // packed rows are whole steps of both kernels
 
 __device__ float LoadAnyElement(const TensorView& view, bool aligned, int64_t t, int h,
                                 int channel) {
@@ -333,26 +128,16 @@ __global__ void SumLossKernel(const float* rows_loss, int window, int num_query_
   params.ref_sq[a] = reference;
 }
 
+// One wave of thread blocks, where the items suffice.
 int SplitsOf(int64_t num_items, int64_t row_blocks, int num_sms) {
-  constexpr int64_t kBlocksPerSm = 4;
-  return static_cast<int>(std::clamp<int64_t>(CeilDiv(kBlocksPerSm * num_sms, row_blocks), 1,
-                                              std::max<int64_t>(CeilDiv(num_items, kSimtTile), 1)));
+  constexpr int64_t kBlocksPerSm = 3;
+  return static_cast<int>(
+      std::clamp<int64_t>(kBlocksPerSm * num_sms / row_blocks, 1,
+                          std::max<int64_t>(CeilDiv(num_items, kAttendTile), 1)));
 }
 
-absl::Status Attend(const Pass& pass, cudaStream_t stream) {
-  const bool with_values = pass.values.data != nullptr;
-  const int64_t slices = with_values ? CeilDiv(pass.values.head_dim, kValueColumns) : 1;
-  const dim3 grid(static_cast<unsigned>(pass.out.splits),
-                  static_cast<unsigned>(CeilDiv(pass.queries.rows, kSimtTile)),
-                  static_cast<unsigned>(pass.num_kv_heads * slices));
-  const auto tiles_per_split =
-      static_cast<int>(CeilDiv(CeilDiv(pass.num_items, kSimtTile), pass.out.splits));
-  if (with_values) {
-    AttendKernel<true><<<grid, kSimtThreads, 0, stream>>>(pass, tiles_per_split);
-  } else {
-    AttendKernel<false><<<grid, kSimtThreads, 0, stream>>>(pass, tiles_per_split);
-  }
-  return LaunchStatus("AttendKernel");
+absl::Status Attend(const Pass& pass, DType queries_dtype, cudaStream_t stream) {
+  return UsesTensorCores(pass, queries_dtype) ? AttendMma(pass, stream) : AttendSimt(pass, stream);
 }
 
 absl::Status PackTurned(const TensorView& view, const Queries& queries,
@@ -377,98 +162,140 @@ class FloatArena {
   int64_t count_ = 0;
 };
 
+// Where the parts of the scratch memory begin, in floats.
+struct Layout {
+  Layout(const MeasureAttentionParams& params, const Queries& queries, int num_sms) {
+    const bool with_values = params.values.data != nullptr;
+    const int32_t heads = params.keys.num_heads;
+    all_rows = static_cast<int64_t>(heads) * queries.rows;
+    packed_count = all_rows * queries.depth_padded;
+    const int64_t row_blocks = CeilDiv(queries.rows, kAttendTile) * heads;
+    all_splits = SplitsOf(params.keys.num_tokens, row_blocks, num_sms);
+    kept_splits = SplitsOf(params.num_kept, row_blocks, num_sms);
+    const int64_t output_count = with_values ? all_rows * params.keys.head_dim : 0;
+    packed = arena.Add(packed_count);
+    high = arena.Add(packed_count / 2);
+    low = arena.Add(packed_count / 2);
+    all_sums = arena.Add(2 * all_splits * all_rows);
+    mass_sums = arena.Add(2 * kept_splits * all_rows);
+    kept_sums = arena.Add(2 * kept_splits * all_rows);
+    all_outputs = arena.Add(all_splits * output_count);
+    kept_outputs = arena.Add(kept_splits * output_count);
+    losses = arena.Add(3 * all_rows);
+  }
+
+  FloatArena arena;
+  int64_t all_rows, packed_count;
+  int all_splits, kept_splits;
+  int64_t packed, high, low, all_sums, mass_sums, kept_sums, all_outputs, kept_outputs, losses;
+};
+
+// Packs the queries, turned where `rotation` has a dimension. Turning leaves the 16-bit types, so
+// turned queries have a low half.
+absl::Status PrepareQueries(const MeasureAttentionParams& params, const Layout& layout,
+                            const RotationTable& rotation, float* base, Queries& queries,
+                            cudaStream_t stream) {
+  const bool turned = rotation.rotary_dim > 0;
+  queries.packed = base + layout.packed;
+  absl::Status status =
+      PackTurned(params.queries, queries, rotation, turned ? params.query_shift : 0,
+                 layout.packed_count, base + layout.packed, stream);
+  if (!status.ok() || DTypeBytes(params.queries.dtype) != 2) return status;
+  queries.high = base + layout.high;
+  queries.low = turned ? base + layout.low : nullptr;
+  status.Update(SplitQueries(queries.packed, layout.packed_count, params.queries.dtype,
+                             base + layout.high, turned ? base + layout.low : nullptr, stream));
+  return status;
+}
+
+// Passes over everything and over the kept tokens' original keys.
+absl::Status AttendOriginals(const MeasureAttentionParams& params, Pass pass, const Partials& all,
+                             const Partials& mass, cudaStream_t stream) {
+  pass.keys = params.keys;
+  pass.keys_aligned = HasAlignedChunks(params.keys);
+  pass.values = params.values;
+  pass.values_aligned = HasAlignedChunks(params.values);
+  pass.num_items = params.keys.num_tokens;
+  pass.out = all;
+  absl::Status status = Attend(pass, params.queries.dtype, stream);
+  if (!status.ok()) return status;
+  pass.values = {};
+  pass.positions = params.kept;
+  pass.keys_by_position = true;
+  pass.num_items = params.num_kept;
+  pass.out = mass;
+  status.Update(Attend(pass, params.queries.dtype, stream));
+  return status;
+}
+
+// Pass over the kept pages.
+absl::Status AttendKept(const MeasureAttentionParams& params, Pass pass, const Partials& kept,
+                        cudaStream_t stream) {
+  pass.keys = params.kept_keys;
+  pass.keys_aligned = HasAlignedChunks(params.kept_keys);
+  pass.values = params.kept_values;
+  pass.values_aligned = HasAlignedChunks(params.kept_values);
+  pass.positions = params.kept;
+  pass.num_items = params.num_kept;
+  pass.out = kept;
+  return Attend(pass, params.queries.dtype, stream);
+}
+
+absl::Status SumLosses(const MeasureAttentionParams& params, const Layout& layout,
+                       const Partials& all, const Partials& mass, const Partials& kept,
+                       float* losses, cudaStream_t stream) {
+  RowLossKernel<<<static_cast<unsigned>(CeilDiv(layout.all_rows * kWarp, kThreads)), kThreads, 0,
+                  stream>>>(all, mass, kept, params.keys.head_dim, layout.all_rows, losses);
+  absl::Status status = LaunchStatus("RowLossKernel");
+  if (!status.ok()) return status;
+  SumLossKernel<<<static_cast<unsigned>(CeilDiv(params.queries.num_heads, kThreads)), kThreads, 0,
+                  stream>>>(losses, static_cast<int>(params.queries.num_tokens),
+                            params.queries.num_heads, params);
+  status.Update(LaunchStatus("SumLossKernel"));
+  return status;
+}
+
 }  // namespace
 
 absl::Status MeasureAttention(const MeasureAttentionParams& params, const Launch& launch) {
   const TensorView& keys = params.keys;
-  const int window = static_cast<int>(params.queries.num_tokens);
-  const int group = params.queries.num_heads / keys.num_heads;
-  const int head_dim = keys.head_dim;
   const bool with_values = params.values.data != nullptr;
-  const bool turned = with_values && params.rotation.rotary_dim > 0;
-  Queries queries = {.packed = nullptr,
-                     .window = window,
-                     .group = group,
-                     .rows = group * window,
-                     .depth_padded = static_cast<int>(CeilDiv(head_dim, kSimtDepth)) * kSimtDepth};
-  const int64_t all_rows = static_cast<int64_t>(keys.num_heads) * queries.rows;
-  const int64_t packed_count = all_rows * queries.depth_padded;
-  const int64_t row_blocks = CeilDiv(queries.rows, kSimtTile) * keys.num_heads;
-  const int all_splits = SplitsOf(keys.num_tokens, row_blocks, launch.num_sms);
-  const int kept_splits = SplitsOf(params.num_kept, row_blocks, launch.num_sms);
-
-  FloatArena arena;
-  const int64_t packed_at = arena.Add(packed_count);
-  const int64_t turned_at = arena.Add(turned ? packed_count : 0);
-  const int64_t all_sums_at = arena.Add(2 * all_splits * all_rows);
-  const int64_t mass_sums_at = arena.Add(2 * kept_splits * all_rows);
-  const int64_t kept_sums_at = arena.Add(2 * kept_splits * all_rows);
-  const int64_t all_outputs_at = arena.Add(with_values ? all_splits * all_rows * head_dim : 0);
-  const int64_t kept_outputs_at = arena.Add(with_values ? kept_splits * all_rows * head_dim : 0);
-  const int64_t loss_at = arena.Add(3 * all_rows);
-  absl::StatusOr<Buffer> memory = launch.Scratch(arena.size_bytes());
+  Queries queries;
+  queries.window = static_cast<int>(params.queries.num_tokens);
+  queries.group = params.queries.num_heads / keys.num_heads;
+  queries.rows = queries.group * queries.window;
+  queries.depth_padded = static_cast<int>(CeilDiv(keys.head_dim, kDepthStep)) * kDepthStep;
+  const Layout layout(params, queries, launch.num_sms);
+  absl::StatusOr<Buffer> memory = launch.Scratch(layout.arena.size_bytes());
   if (!memory.ok()) return memory.status();
   auto* const base = memory->as<float>();
-  const auto float2_at = [base](int64_t at) { return reinterpret_cast<float2*>(base + at); };
-  const Partials all = {.sums = float2_at(all_sums_at),
-                        .outputs = with_values ? base + all_outputs_at : nullptr,
-                        .splits = all_splits};
-  const Partials mass = {
-      .sums = float2_at(mass_sums_at), .outputs = nullptr, .splits = kept_splits};
-  const Partials kept = {.sums = float2_at(kept_sums_at),
-                         .outputs = with_values ? base + kept_outputs_at : nullptr,
-                         .splits = kept_splits};
+  const auto partials = [&](int64_t sums, int64_t outputs, int splits) {
+    return Partials{.sums = reinterpret_cast<float2*>(base + sums),
+                    .outputs = with_values && outputs >= 0 ? base + outputs : nullptr,
+                    .splits = splits};
+  };
+  const Partials all = partials(layout.all_sums, layout.all_outputs, layout.all_splits);
+  const Partials mass = partials(layout.mass_sums, -1, layout.kept_splits);
+  const Partials kept = partials(layout.kept_sums, layout.kept_outputs, layout.kept_splits);
 
-  queries.packed = base + packed_at;
-  Pass pass = {.queries = queries,
-               .keys = keys,
-               .keys_aligned = HasAlignedChunks(keys),
-               .values = params.values,
-               .values_aligned = HasAlignedChunks(params.values),
-               .positions = nullptr,
-               .positions_per_head = params.groups > 1,
-               .keys_by_position = false,
-               .num_items = keys.num_tokens,
-               .num_tokens = keys.num_tokens,
-               .num_kv_heads = keys.num_heads,
-               .scale_log2 = params.softmax_scale * kLog2E,
-               .out = all};
-  absl::Status status = PackTurned(params.queries, queries, {}, 0, packed_count, base + packed_at,
-                                   launch.stream);
-  if (status.ok()) status.Update(Attend(pass, launch.stream));
-
-  pass.positions = params.kept;
-  pass.num_items = params.num_kept;
-  pass.keys_by_position = true;
-  pass.values = {};
-  pass.out = mass;
-  if (status.ok()) status.Update(Attend(pass, launch.stream));
-
-  if (with_values) {
-    pass.keys = params.kept_keys;
-    pass.keys_aligned = HasAlignedChunks(params.kept_keys);
-    pass.values = params.kept_values;
-    pass.values_aligned = HasAlignedChunks(params.kept_values);
-    pass.keys_by_position = false;
-    pass.out = kept;
-    if (turned) {
-      pass.queries.packed = base + turned_at;
-      if (status.ok()) {
-        status.Update(PackTurned(params.queries, queries, params.rotation, params.query_shift,
-                                 packed_count, base + turned_at, launch.stream));
-      }
+  absl::Status status = PrepareQueries(params, layout, {}, base, queries, launch.stream);
+  if (!status.ok()) return status;
+  Pass pass;
+  pass.queries = queries;
+  pass.positions_per_head = params.groups > 1;
+  pass.num_tokens = keys.num_tokens;
+  pass.num_kv_heads = keys.num_heads;
+  pass.scale_log2 = params.softmax_scale * kLog2E;
+  status.Update(AttendOriginals(params, pass, all, mass, launch.stream));
+  if (status.ok() && with_values) {
+    if (params.rotation.rotary_dim > 0) {
+      status.Update(
+          PrepareQueries(params, layout, params.rotation, base, pass.queries, launch.stream));
     }
-    if (status.ok()) status.Update(Attend(pass, launch.stream));
+    if (status.ok()) status.Update(AttendKept(params, pass, kept, launch.stream));
   }
   if (!status.ok()) return status;
-
-  RowLossKernel<<<static_cast<unsigned>(CeilDiv(all_rows * kWarp, kThreads)), kThreads, 0,
-                  launch.stream>>>(all, mass, kept, head_dim, all_rows, base + loss_at);
-  status.Update(LaunchStatus("RowLossKernel"));
-  if (!status.ok()) return status;
-  SumLossKernel<<<static_cast<unsigned>(CeilDiv(params.queries.num_heads, kThreads)), kThreads, 0,
-                  launch.stream>>>(base + loss_at, window, params.queries.num_heads, params);
-  return LaunchStatus("SumLossKernel");
+  return SumLosses(params, layout, all, mass, kept, base + layout.losses, launch.stream);
 }
 
 }  // namespace dynsplit::kernels

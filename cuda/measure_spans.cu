@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cuda/column_softmax.cuh"
 #include "cuda/cuda_status.h"
+#include "cuda/exponent.cuh"
 #include "cuda/operations.h"
 #include "cuda/tensor.cuh"
 
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) SpanSumsKernel(SpanArgs args) {
     if (threadIdx.x == 0) {
       SpanSums total;
       for (int i = 0; i < key_groups; ++i) total.Merge(group_sums[i]);
-      args.partials[(n * params.queries.num_heads + first_head + head) * args.splits +
-                    blockIdx.x] = total;
+      args.partials[(n * params.queries.num_heads + first_head + head) * args.splits + blockIdx.x] =
+          total;
     }
   }
 }
@@ -169,9 +169,8 @@ absl::Status MeasureSpans(const MeasureSpansParams& params, const Launch& launch
   const int64_t splits =
       std::clamp<int64_t>(CeilDiv(int64_t{kBlocksPerSm} * launch.num_sms, blocks), 1,
                           CeilDiv(params.keys.num_tokens, kKeysPerSplit));
-  absl::StatusOr<Buffer> partials =
-      launch.Scratch(num_queries * params.queries.num_heads * splits *
-                     static_cast<int64_t>(sizeof(SpanSums)));
+  absl::StatusOr<Buffer> partials = launch.Scratch(num_queries * params.queries.num_heads * splits *
+                                                   static_cast<int64_t>(sizeof(SpanSums)));
   if (!partials.ok()) return partials.status();
   const SpanArgs args = {.params = params,
                          .queries_aligned = HasAlignedChunks(params.queries),

@@ -14,8 +14,7 @@ constexpr int64_t kMaxGridX = 1 << 20;
 // grid (columns, rows_out), strided over columns
 __global__ void __launch_bounds__(kThreads) ReduceRowsKernel(ReduceRowsParams params) {
   const int rows = params.rows_in / params.rows_out;
-  const float* const in =
-      params.in + static_cast<int64_t>(blockIdx.y) * rows * params.columns;
+  const float* const in = params.in + static_cast<int64_t>(blockIdx.y) * rows * params.columns;
   float* const out = params.out + static_cast<int64_t>(blockIdx.y) * params.columns;
   const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; c < params.columns;
@@ -31,9 +30,8 @@ __global__ void __launch_bounds__(kThreads) ReduceRowsKernel(ReduceRowsParams pa
 
 absl::Status ReduceRows(const ReduceRowsParams& params, const Launch& launch) {
   if (params.columns == 0 || params.rows_out == 0) return absl::OkStatus();
-  const dim3 grid(
-      static_cast<unsigned>(std::min(CeilDiv(params.columns, kThreads), kMaxGridX)),
-      static_cast<unsigned>(params.rows_out));
+  const dim3 grid(static_cast<unsigned>(std::min(CeilDiv(params.columns, kThreads), kMaxGridX)),
+                  static_cast<unsigned>(params.rows_out));
   ReduceRowsKernel<<<grid, kThreads, 0, launch.stream>>>(params);
   return LaunchStatus("ReduceRowsKernel");
 }

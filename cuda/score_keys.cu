@@ -9,7 +9,7 @@ namespace dynsplit::kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRowsPerGroup = 4;     // tokens a lane group scores
+constexpr int kRowsPerGroup = 4;      // tokens a lane group scores
 constexpr int kTokensPerSplit = 512;  // least work of a block that sums directions
 constexpr int kMaxGroupChannels = kThreads * kChunk * kMaxChunksPerLane;
 

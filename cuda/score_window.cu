@@ -68,9 +68,8 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Launch& launch) 
   const int64_t window = params.queries.num_tokens;
   const bool is_max = params.pooling == ScoringPolicy::Pooling::kMax && params.pooling_kernel > 1;
   const int rows_per_head = is_max ? group : 1;
-  absl::StatusOr<Buffer> means =
-      launch.Scratch(num_tokens * params.keys.num_heads * rows_per_head *
-                     static_cast<int64_t>(sizeof(float)));
+  absl::StatusOr<Buffer> means = launch.Scratch(num_tokens * params.keys.num_heads * rows_per_head *
+                                                static_cast<int64_t>(sizeof(float)));
   if (!means.ok()) return means.status();
   ColumnSoftmax op;
   op.queries = params.queries;

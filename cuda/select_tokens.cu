@@ -37,17 +37,17 @@ __device__ uint32_t OrderedScore(float score) {
 
 struct Selection {
   SelectTokensParams params;
-  int lanes;                // lanes that share a block's tokens
-  int32_t* unprotected;     // [B] tokens of the block that are not protected
-  int64_t* rank_counts;     // [groups, B] what the block of this rank could give
-  int64_t* rank_starts;     // [groups, B] exclusive prefix sums of rank_counts
-  const int32_t* by_rank;   // [groups, B] blocks in rank order
-  int32_t* take;            // [groups, B] unprotected tokens that the block gives
-  int64_t* block_counts;    // [groups, B] tokens kept
-  int64_t* block_offsets;   // [groups, B] exclusive prefix sums of block_counts
-  int32_t* cut_block;       // [groups] block that gives a part, or -1
-  uint32_t* cut_score;      // [groups] ordered score of the last token taken from it
-  int32_t* cut_ties;        // [groups] tokens of exactly that score that are taken
+  int lanes;               // lanes that share a block's tokens
+  int32_t* unprotected;    // [B] tokens of the block that are not protected
+  int64_t* rank_counts;    // [groups, B] what the block of this rank could give
+  int64_t* rank_starts;    // [groups, B] exclusive prefix sums of rank_counts
+  const int32_t* by_rank;  // [groups, B] blocks in rank order
+  int32_t* take;           // [groups, B] unprotected tokens that the block gives
+  int64_t* block_counts;   // [groups, B] tokens kept
+  int64_t* block_offsets;  // [groups, B] exclusive prefix sums of block_counts
+  int32_t* cut_block;      // [groups] block that gives a part, or -1
+  uint32_t* cut_score;     // [groups] ordered score of the last token taken from it
+  int32_t* cut_ties;       // [groups] tokens of exactly that score that are taken
 };
 
 // A group of `lanes` lanes works on a block; all lanes of the warp stay together. Calls
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kThreads) TakeKernel(Selection s) {
     const int64_t total = s.rank_starts[last] + s.rank_counts[last] - s.rank_starts[row];
     const int64_t room = p.num_kept - (p.num_tokens - total);  // after the protected tokens
     const int64_t before = s.rank_starts[row + rank] - s.rank_starts[row];
-    taken = static_cast<int32_t>(
-        min(max(room - before, int64_t{0}), static_cast<int64_t>(available)));
+    taken =
+        static_cast<int32_t>(min(max(room - before, int64_t{0}), static_cast<int64_t>(available)));
     if (taken > 0 && taken < available) s.cut_block[group] = block;
   }
   s.take[row + block] = taken;
@@ -278,9 +278,8 @@ absl::Status Rank(Selection& s, const SortBuffers& sort, void* scratch, size_t s
   if (!status.ok()) return status;
   RankCountsKernel<<<GridOf(count), kThreads, 0, stream>>>(s, count);
   if (status = LaunchStatus("RankCountsKernel"); !status.ok()) return status;
-  return CudaStatus(
-      PrefixSum(scratch, scratch_bytes, s.rank_counts, s.rank_starts, count, stream),
-      "ExclusiveSum");
+  return CudaStatus(PrefixSum(scratch, scratch_bytes, s.rank_counts, s.rank_starts, count, stream),
+                    "ExclusiveSum");
 }
 
 absl::Status TakeAndEmit(const Selection& s, void* scratch, size_t scratch_bytes,

@@ -62,8 +62,8 @@ auto DispatchDType(DType dtype, F&& f) {
 inline bool HasAlignedChunks(const TensorView& view) {
   const int64_t chunk_bytes = kChunk * DTypeBytes(view.dtype);
   const int64_t alignment = chunk_bytes < 16 ? chunk_bytes : 16;
-  int64_t bits = reinterpret_cast<intptr_t>(view.data) | view.token_stride_bytes |
-                 view.head_stride_bytes;
+  int64_t bits =
+      reinterpret_cast<intptr_t>(view.data) | view.token_stride_bytes | view.head_stride_bytes;
   if (view.block_table != nullptr) bits |= view.page_stride_bytes;
   return bits % alignment == 0;
 }

@@ -124,8 +124,8 @@ Ceilings MeasureCeilings(const Device& device) {
   });
   ceilings.copy_gbps = 2.0 * kBytes / copy_ms / 1e6;
   const double read_ms = Time(device, [&](int) {
-    ReadKernel<<<static_cast<unsigned>(device.launch.num_sms * 8), 512, 0,
-                 device.launch.stream>>>(from.as<uint4>(), kBytes / 16, to.as<uint32_t>());
+    ReadKernel<<<static_cast<unsigned>(device.launch.num_sms * 8), 512, 0, device.launch.stream>>>(
+        from.as<uint4>(), kBytes / 16, to.as<uint32_t>());
     Check(LaunchStatus("ReadKernel"));
   });
   ceilings.read_gbps = 1.0 * kBytes / read_ms / 1e6;
@@ -196,7 +196,9 @@ class LayerBench {
       values_.push_back(random.Make(bytes));
       queries_.push_back(random.Make(int64_t{kWindow} * kQueryHeads * kRowBytes));
     }
-    const auto allocate = [&](int64_t size) { return Check(device.pool->Allocate(size, device.stream)); };
+    const auto allocate = [&](int64_t size) {
+      return Check(device.pool->Allocate(size, device.stream));
+    };
     scores_ = allocate(kHeads * num_tokens * 4);
     block_scores_ = allocate(kHeads * num_blocks_ * 4);
     kept_ = allocate(kHeads * num_kept_ * 4);
@@ -222,8 +224,9 @@ class LayerBench {
     Report("score_window, LSE given", k_bytes + score_bytes, read, pass_flops,
            [&](int i) { Score(i, true); });
     Report("reduce_blocks", score_bytes, read, 0, [&](int) { Reduce(); });
-    Report("summarize_blocks", k_bytes + 2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes,
-           copy, 0, [&](int i) { Summarize(i); });
+    Report("summarize_blocks",
+           k_bytes + 2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, copy, 0,
+           [&](int i) { Summarize(i); });
     Report("score_blocks, bound", 2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, read,
            4.0 * kWindow * kQueryHeads * 2 * kDim * static_cast<double>(num_blocks_),
            [&](int i) { ScoreBlocks(i); });
@@ -233,12 +236,10 @@ class LayerBench {
            copy, 0, [&](int) { Select(kHeads); });
     Report("select_tokens, 1 group", (score_bytes + 4.0 * static_cast<double>(num_kept_)) / kHeads,
            copy, 0, [&](int) { Select(1); });
-    Report("gather as is (K)", 2 * kept_bytes, copy, 0, [&](int i) {
-      Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kAsIs);
-    });
-    Report("gather fp8 per head (K)", 1.5 * kept_bytes, copy, 0, [&](int i) {
-      Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kFloat8E4M3);
-    });
+    Report("gather as is (K)", 2 * kept_bytes, copy, 0,
+           [&](int i) { Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kAsIs); });
+    Report("gather fp8 per head (K)", 1.5 * kept_bytes, copy, 0,
+           [&](int i) { Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kFloat8E4M3); });
     Report("check_finite (K)", k_bytes, read, 0, [&](int i) { CheckFinite(i); });
     Report("layer: score..gather K,V", k_bytes + 4 * kept_bytes, copy, 2 * pass_flops,
            [&](int i) { Layer(i); });
@@ -340,8 +341,7 @@ class LayerBench {
     MeasureAttentionParams params;
     params.queries = Queries(i);
     params.keys = Keys(i);
-    params.values =
-        DenseView(values_[Set(i)].data(), DType::kBFloat16, num_tokens_, kHeads, kDim);
+    params.values = DenseView(values_[Set(i)].data(), DType::kBFloat16, num_tokens_, kHeads, kDim);
     params.kept_keys = DenseView(key_pages_.data(), DType::kBFloat16, num_kept_, kHeads, kDim);
     params.kept_values = DenseView(value_pages_.data(), DType::kBFloat16, num_kept_, kHeads, kDim);
     params.kept = kept_.as<int32_t>();

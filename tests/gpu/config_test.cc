@@ -48,11 +48,13 @@ TEST_P(ConfigTest, SimtCoversDepth) {
   EXPECT_LE(config.splits, (shape.num_items + 63) / 64);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Shapes, ConfigTest,
-    testing::Values(ColumnShape{2, 1, 1, 1, 1, 8}, ColumnShape{131072, 131008, 8, 4, 64, 128},
-                    ColumnShape{65, 1, 128, 1, 64, 64}, ColumnShape{1 << 30, 1 << 29, 1, 128, 1, 96},
-                    ColumnShape{9362, 9362, 8, 4, 64, 256}, ColumnShape{100, 30, 40, 1, 70, 256}));
+INSTANTIATE_TEST_SUITE_P(Shapes, ConfigTest,
+                         testing::Values(ColumnShape{2, 1, 1, 1, 1, 8},
+                                         ColumnShape{131072, 131008, 8, 4, 64, 128},
+                                         ColumnShape{65, 1, 128, 1, 64, 64},
+                                         ColumnShape{1 << 30, 1 << 29, 1, 128, 1, 96},
+                                         ColumnShape{9362, 9362, 8, 4, 64, 256},
+                                         ColumnShape{100, 30, 40, 1, 70, 256}));
 
 TEST(PinnedCacheTest, ClassesAreAtMostAQuarterLarger) {
   int64_t last = 0;

@@ -139,8 +139,8 @@ std::vector<Bytes> GatherPages(Backend& backend, const Inputs& in) {
   params.scale_granularity = shape.granularity;
   params.out_dtype = OutputDType(shape.dtype, shape.format, rotated);
   if (rotated) params.rotation = session.Upload(in.rotation);
-  const int64_t rows = (params.num_kept + shape.page_size - 1) / shape.page_size *
-                       shape.page_size * shape.num_kv_heads;
+  const int64_t rows = (params.num_kept + shape.page_size - 1) / shape.page_size * shape.page_size *
+                       shape.num_kv_heads;
   Output<std::byte> pages =
       session.Poisoned<std::byte>(rows * shape.head_dim * DTypeBytes(params.out_dtype));
   Output<std::byte> scales = session.Poisoned<std::byte>(rows * 4);
