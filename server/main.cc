@@ -4,6 +4,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -201,4 +202,11 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace dynsplit
 
-int main(int argc, char** argv) { return dynsplit::Main(argc, argv); }
+int main(int argc, char** argv) {
+  try {
+    return dynsplit::Main(argc, argv);
+  } catch (const std::exception& error) {  // of the libraries; ours throw none
+    std::fprintf(stderr, "dynsplitd: %s\n", error.what());
+    return 1;
+  }
+}

@@ -260,7 +260,7 @@ absl::Status DecodeDense(const v1::TensorDescriptor& descriptor, const SequenceS
     }
     num_tokens = descriptor.byte_size() / row_bytes;
   }
-  const absl::Status status =
+  absl::Status status =
       CheckByteSize(descriptor.byte_size(),
                     DenseBytes({num_tokens, num_heads, shape.head_dim}, element_bytes), field);
   if (!status.ok()) return status;

@@ -182,7 +182,7 @@ absl::Status ParseBytes(std::string_view text, int64_t& value) {
 absl::Status SetOption(std::string_view name, std::string_view value, ServerConfig& config) {
   for (const ConfigOption& option : ConfigOptions()) {
     if (option.name != name) continue;
-    const absl::Status status = option.set(value, config);
+    absl::Status status = option.set(value, config);
     if (status.ok()) return status;
     return absl::InvalidArgumentError(
         absl::StrCat("option ", View(name), " is '", View(value), "'; ", status.message()));
