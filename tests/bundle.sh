@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Collects what a GPU host needs into one folder: binaries, shared libraries (all but glibc's,
-# libstdc++ and libgcc), tests/gpu.sh and the sample data.
+# Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, shared libraries (all but
+# glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host: unpack it, run
+# tests/gpu.sh.
 #   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=${1:?usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]}
-bundle=${2:-build/bundle}
-rm -rf "$bundle"
+target=${2:-build/bundle}
+bundle=$(mktemp -d)
+trap 'rm -rf "$bundle"' EXIT
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
 
 for name in gpu_tests bench_gpu dynsplitd dynsplit; do
@@ -27,4 +29,7 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
 done
 cp tests/gpu.sh "$bundle/tests/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
-du -sh "$bundle"
+rm -rf "$target"
+mkdir -p "$target"
+tar -cf - -C "$bundle" . | gzip -9 >"$target/bundle.tar.gz"
+ls -l "$target/bundle.tar.gz"
