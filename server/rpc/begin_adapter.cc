@@ -98,8 +98,8 @@ absl::StatusOr<Tensors> DecodeTensors(const v1::Begin& begin, const SequenceShap
                           absl::StrCat("is ", decoded->tensor.id, "; that id is taken"));
     }
     tensors.all.push_back(*std::move(decoded));
-    const InputTensor& tensor = tensors.all.back().tensor;
-    const bool whole = tensor.layer == InputTensor::kWholeSequence;
+    const RequestTensor& tensor = tensors.all.back().tensor;
+    const bool whole = tensor.layer == RequestTensor::kWholeSequence;
     Kinds& kinds = whole ? tensors.sequence : tensors.layers[static_cast<size_t>(tensor.layer)];
     if (!kinds.emplace(tensor.kind, &tensors.all.back()).second) {
       return InvalidField(

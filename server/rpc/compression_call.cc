@@ -287,7 +287,7 @@ absl::Status CompressionCall::HandleEnd(const v1::End& end) {
 
 void CompressionCall::OnSequence(SequenceOutput output) { Enqueue(encoder_->Encode(output)); }
 
-void CompressionCall::OnLayer(LayerOutput output) { Enqueue(encoder_->Encode(output)); }
+void CompressionCall::OnLayer(ComputedLayer output) { Enqueue(encoder_->Encode(output)); }
 
 void CompressionCall::OnEnd(EndOutput output) {
   absl::MutexLock lock(&mu_);

@@ -53,7 +53,7 @@ class CompressionCall final : public ResultSink,
 
   // From the request.
   void OnSequence(SequenceOutput output) override;
-  void OnLayer(LayerOutput output) override;
+  void OnLayer(ComputedLayer output) override;
   void OnEnd(EndOutput output) override;
   void OnError(absl::Status status) override;
   void OnRoom() override;

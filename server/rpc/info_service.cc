@@ -76,7 +76,8 @@ absl::StatusOr<DelimiterProfile> ProfileFromProto(const v1::DelimiterProfile& wi
                        .weight = static_cast<float>(weight.weight()),
                        .sentence_end = weight.sentence_end(),
                        .text = weight.text(),
-                       .num_occurrences = weight.num_occurrences()});
+                       .num_occurrences = weight.num_occurrences(),
+                       .score = weight.score()});
   }
   return DelimiterProfile::Create(wire.name(), wire.description(), std::move(weights));
 }

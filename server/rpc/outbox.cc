@@ -19,7 +19,7 @@ std::vector<Outgoing> ResultEncoder::Encode(const SequenceOutput& output) {
   return messages;
 }
 
-std::vector<Outgoing> ResultEncoder::Encode(const LayerOutput& output) {
+std::vector<Outgoing> ResultEncoder::Encode(const ComputedLayer& output) {
   v1::CompressResponse response;
   *response.mutable_layer() = LayerToProto(output, next_tensor_id_);
   std::vector<Outgoing> messages;
@@ -29,9 +29,9 @@ std::vector<Outgoing> ResultEncoder::Encode(const LayerOutput& output) {
   return messages;
 }
 
-void ResultEncoder::AppendChunks(const std::vector<OutputTensor>& tensors,
+void ResultEncoder::AppendChunks(const std::vector<ResultTensor>& tensors,
                                  std::vector<Outgoing>& messages) {
-  for (const OutputTensor& tensor : tensors) {
+  for (const ResultTensor& tensor : tensors) {
     const uint32_t id = next_tensor_id_++;
     uint32_t tensor_crc = 0;
     for (int64_t offset = 0; offset < tensor.byte_size;) {

@@ -23,11 +23,11 @@ class ResultEncoder {
   explicit ResultEncoder(int32_t max_chunk_bytes) : max_chunk_bytes_(max_chunk_bytes) {}
 
   std::vector<Outgoing> Encode(const SequenceOutput& output);
-  std::vector<Outgoing> Encode(const LayerOutput& output);
+  std::vector<Outgoing> Encode(const ComputedLayer& output);
 
  private:
   // Computes the checksums: reads every byte once.
-  void AppendChunks(const std::vector<OutputTensor>& tensors, std::vector<Outgoing>& messages);
+  void AppendChunks(const std::vector<ResultTensor>& tensors, std::vector<Outgoing>& messages);
 
   const int32_t max_chunk_bytes_;
   uint32_t next_tensor_id_ = 1;

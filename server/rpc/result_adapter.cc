@@ -80,17 +80,17 @@ v1::SequenceResult SequenceToProto(const SequenceOutput& output, uint32_t first_
   v1::SequenceResult wire;
   wire.set_num_blocks(output.num_blocks);
   wire.set_open_block_begin(output.open_block_begin);
-  for (const OutputTensor& tensor : output.tensors) {
+  for (const ResultTensor& tensor : output.tensors) {
     *wire.add_tensors() = TensorToProto(tensor, first_tensor_id++, std::nullopt);
   }
   return wire;
 }
 
-v1::LayerResult LayerToProto(const LayerOutput& output, uint32_t first_tensor_id) {
+v1::LayerResult LayerToProto(const ComputedLayer& output, uint32_t first_tensor_id) {
   v1::LayerResult wire;
   *wire.mutable_plan() = LayerPlanToProto(*output.plan, output.hash);
   if (output.receipt.has_value()) *wire.mutable_receipt() = ReceiptToProto(*output.receipt);
-  for (const OutputTensor& tensor : output.tensors) {
+  for (const ResultTensor& tensor : output.tensors) {
     *wire.add_tensors() = TensorToProto(tensor, first_tensor_id++, output.plan->layer);
   }
   wire.set_num_pages(output.num_pages);
@@ -132,6 +132,7 @@ v1::DelimiterProfile ProfileToProto(const DelimiterProfile& profile) {
     added.set_sentence_end(weight.sentence_end);
     added.set_text(weight.text);
     added.set_num_occurrences(weight.num_occurrences);
+    added.set_score(weight.score);
   }
   return wire;
 }

@@ -12,7 +12,7 @@ namespace dynsplit::rpc {
 
 // Ids of the tensors of one message count up from `first_tensor_id`.
 v1::SequenceResult SequenceToProto(const SequenceOutput& output, uint32_t first_tensor_id);
-v1::LayerResult LayerToProto(const LayerOutput& output, uint32_t first_tensor_id);
+v1::LayerResult LayerToProto(const ComputedLayer& output, uint32_t first_tensor_id);
 // Everything but the sending seconds, the total and the backend.
 v1::CompressEnd EndToProto(const EndOutput& output);
 v1::DelimiterProfile ProfileToProto(const DelimiterProfile& profile);

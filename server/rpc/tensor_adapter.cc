@@ -181,7 +181,7 @@ absl::Status CheckByteSize(int64_t byte_size, std::optional<int64_t> wanted,
 
 // KEY, VALUE, KEY_VALUE and QUERIES with dims.
 absl::Status DecodeLayout(const v1::TensorDescriptor& descriptor, const SequenceShape& shape,
-                          DType dtype, InputTensor& tensor) {
+                          DType dtype, RequestTensor& tensor) {
   const std::string& field = tensor.field;
   const int64_t element_bytes = DTypeBytes(dtype);
   absl::StatusOr<Axes> axes = CollectAxes(descriptor, element_bytes, field);
@@ -242,7 +242,7 @@ absl::Status DecodeLayout(const v1::TensorDescriptor& descriptor, const Sequence
 }
 
 absl::Status DecodeDense(const v1::TensorDescriptor& descriptor, const SequenceShape& shape,
-                         DType dtype, InputTensor& tensor) {
+                         DType dtype, RequestTensor& tensor) {
   const std::string& field = tensor.field;
   const int64_t element_bytes = DTypeBytes(dtype);
   if (tensor.kind == TensorKind::kKeyValue) {
@@ -270,7 +270,7 @@ absl::Status DecodeDense(const v1::TensorDescriptor& descriptor, const SequenceS
 
 // Tensors without a layout of their own: sizes that the shape alone decides.
 absl::Status CheckPlainSize(const v1::TensorDescriptor& descriptor, const SequenceShape& shape,
-                            const InputTensor& tensor) {
+                            const RequestTensor& tensor) {
   const std::string& field = tensor.field;
   if (descriptor.dims_size() > 0) {
     return WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_LAYOUT",
@@ -317,7 +317,7 @@ absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descri
                                               const SequenceShape& shape,
                                               const std::string& field) {
   DecodedTensor decoded;
-  InputTensor& tensor = decoded.tensor;
+  RequestTensor& tensor = decoded.tensor;
   tensor.id = descriptor.id();
   tensor.field = field;
   tensor.byte_size = descriptor.byte_size();
@@ -380,7 +380,7 @@ absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descri
   return decoded;
 }
 
-v1::TensorDescriptor TensorToProto(const OutputTensor& tensor, uint32_t id,
+v1::TensorDescriptor TensorToProto(const ResultTensor& tensor, uint32_t id,
                                    std::optional<int32_t> layer) {
   v1::TensorDescriptor descriptor;
   descriptor.set_id(id);

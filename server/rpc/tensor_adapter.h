@@ -18,7 +18,7 @@ inline constexpr int64_t kMaxTensorBytes = int64_t{1} << 40;
 inline constexpr int64_t kMaxWindowQueries = 1024;
 
 struct DecodedTensor {
-  InputTensor tensor;
+  RequestTensor tensor;
   // Scales, and quantised data: the granularity that was stated.
   std::optional<ScaleGranularity> scale_granularity;
 };
@@ -31,7 +31,7 @@ absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descri
                                               const SequenceShape& shape, const std::string& field);
 
 // Descriptor of a tensor of a response.
-v1::TensorDescriptor TensorToProto(const OutputTensor& tensor, uint32_t id,
+v1::TensorDescriptor TensorToProto(const ResultTensor& tensor, uint32_t id,
                                    std::optional<int32_t> layer);
 
 std::optional<TensorKind> TensorKindFromProto(v1::TensorKind kind);

@@ -6,7 +6,7 @@
 
 namespace dynsplit {
 
-Inbox::Inbox(std::span<const InputTensor> tensors, int32_t num_layers, int32_t max_open_layers)
+Inbox::Inbox(std::span<const RequestTensor> tensors, int32_t num_layers, int32_t max_open_layers)
     : tensors_(tensors),
       num_layers_(num_layers),
       max_open_layers_(max_open_layers),
@@ -15,7 +15,7 @@ Inbox::Inbox(std::span<const InputTensor> tensors, int32_t num_layers, int32_t m
   index_of_id_.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     index_of_id_.emplace(tensors[i].id, i);
-    if (tensors[i].layer == InputTensor::kWholeSequence) {
+    if (tensors[i].layer == RequestTensor::kWholeSequence) {
       ++num_sequence_missing_;
     } else {
       ++num_missing_[Index(tensors[i].layer)];
@@ -32,7 +32,7 @@ absl::StatusOr<size_t> Inbox::Check(const Chunk& chunk) const {
     return InvalidField("tensor", absl::StrCat("is ", chunk.tensor,
                                                "; must be the id of a tensor of begin.tensors"));
   }
-  const InputTensor& tensor = tensors_[found->second];
+  const RequestTensor& tensor = tensors_[found->second];
   const auto received = static_cast<uint64_t>(received_bytes_[found->second]);
   const auto total = static_cast<uint64_t>(tensor.byte_size);
   if (received == total) {
@@ -54,7 +54,7 @@ absl::StatusOr<size_t> Inbox::Check(const Chunk& chunk) const {
                                              received + chunk.size, " of ", total, " of tensor ",
                                              chunk.tensor, "; must mark the final chunk, only"));
   }
-  if (tensor.layer != InputTensor::kWholeSequence) {
+  if (tensor.layer != RequestTensor::kWholeSequence) {
     const int32_t lowest = sequence_complete() ? lowest_incomplete_layer_ : 0;
     if (tensor.layer - lowest >= max_open_layers_) {
       return InvalidField(
@@ -69,11 +69,11 @@ absl::StatusOr<size_t> Inbox::Check(const Chunk& chunk) const {
 }
 
 void Inbox::Add(size_t tensor_index, const Chunk& chunk) {
-  const InputTensor& tensor = tensors_[tensor_index];
+  const RequestTensor& tensor = tensors_[tensor_index];
   received_bytes_[tensor_index] += static_cast<int64_t>(chunk.size);
   if (received_bytes_[tensor_index] < tensor.byte_size) return;
   ++num_complete_;
-  if (tensor.layer == InputTensor::kWholeSequence) {
+  if (tensor.layer == RequestTensor::kWholeSequence) {
     --num_sequence_missing_;
     return;
   }

@@ -21,7 +21,7 @@
 namespace dynsplit {
 
 struct Chunk {
-  uint32_t tensor = 0;  // InputTensor::id
+  uint32_t tensor = 0;  // RequestTensor::id
   uint64_t offset = 0;  // bytes
   uint64_t size = 0;    // bytes, > 0
   bool last = false;
@@ -32,7 +32,7 @@ class Inbox {
  public:
   // Requires: ids unique, layers in [0, num_layers) or kWholeSequence, sizes > 0. `tensors` must
   // outlive the inbox.
-  Inbox(std::span<const InputTensor> tensors, int32_t num_layers, int32_t max_open_layers);
+  Inbox(std::span<const RequestTensor> tensors, int32_t num_layers, int32_t max_open_layers);
 
   // Index of the tensor that the chunk continues. INVALID_ARGUMENT where it does not fit. Changes
   // nothing.
@@ -52,7 +52,7 @@ class Inbox {
  private:
   static size_t Index(int32_t layer) { return static_cast<size_t>(layer); }
 
-  std::span<const InputTensor> tensors_;
+  std::span<const RequestTensor> tensors_;
   const int32_t num_layers_;
   const int32_t max_open_layers_;
   absl::flat_hash_map<uint32_t, size_t> index_of_id_;

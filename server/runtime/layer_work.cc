@@ -33,7 +33,7 @@ const char* KindName(TensorKind kind) {
   }
 }
 
-absl::Status CheckFloats(const InputTensor& tensor, std::span<const float> values) {
+absl::Status CheckFloats(const RequestTensor& tensor, std::span<const float> values) {
   const bool scales =
       tensor.kind == TensorKind::kKeyScales || tensor.kind == TensorKind::kValueScales;
   for (size_t i = 0; i < values.size(); ++i) {
@@ -45,11 +45,11 @@ absl::Status CheckFloats(const InputTensor& tensor, std::span<const float> value
   return absl::OkStatus();
 }
 
-absl::Status CheckInts(const RequestSpec& spec, const InputTensor& tensor,
+absl::Status CheckInts(const RequestSpec& spec, const RequestTensor& tensor,
                        std::span<const int32_t> values) {
   const int64_t num_tokens = spec.sequence.shape.num_tokens;
   int64_t num_pool_pages = num_tokens;
-  for (const InputTensor& other : spec.tensors) {
+  for (const RequestTensor& other : spec.tensors) {
     if (other.view.page_size > 0) num_pool_pages = std::min(num_pool_pages, other.num_pool_pages);
   }
   for (size_t i = 0; i < values.size(); ++i) {
@@ -85,7 +85,7 @@ absl::Status CheckInts(const RequestSpec& spec, const InputTensor& tensor,
 // Moves device results to the host, remembering what they are.
 class Collector {
  public:
-  Collector(Backend& backend, Stream& stream, LayerOutput& output)
+  Collector(Backend& backend, Stream& stream, ComputedLayer& output)
       : backend_(backend), stream_(stream), output_(output) {}
 
   absl::Status Add(TensorKind kind, Buffer device, DType dtype, std::vector<int64_t> shape,
@@ -96,7 +96,7 @@ class Collector {
     absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
     if (!host.ok()) return host.status();
     auto owner = std::make_shared<Buffer>(*std::move(host));
-    OutputTensor tensor{.kind = kind,
+    ResultTensor tensor{.kind = kind,
                         .dtype = dtype,
                         .shape = std::move(shape),
                         .scale_granularity = granularity,
@@ -110,7 +110,7 @@ class Collector {
  private:
   Backend& backend_;
   Stream& stream_;
-  LayerOutput& output_;
+  ComputedLayer& output_;
 };
 
 // Most tokens a head of a layer may keep.
@@ -136,7 +136,7 @@ int64_t MostKept(const SequenceSpec& spec) {
 
 }  // namespace
 
-StagePlan PlanStage(std::span<const InputTensor> tensors, int32_t layer) {
+StagePlan PlanStage(std::span<const RequestTensor> tensors, int32_t layer) {
   StagePlan plan;
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (tensors[i].layer != layer) continue;
@@ -147,10 +147,10 @@ StagePlan PlanStage(std::span<const InputTensor> tensors, int32_t layer) {
   return plan;
 }
 
-std::span<const std::byte> HostBytes(std::span<const InputTensor> tensors, const StagePlan& plan,
+std::span<const std::byte> HostBytes(std::span<const RequestTensor> tensors, const StagePlan& plan,
                                      const Stage& stage, TensorKind kind) {
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
-    const InputTensor& tensor = tensors[plan.tensors[i]];
+    const RequestTensor& tensor = tensors[plan.tensors[i]];
     if (tensor.kind != kind) continue;
     return {stage.host->data() + plan.offset_bytes[i], static_cast<size_t>(tensor.byte_size)};
   }
@@ -159,7 +159,7 @@ std::span<const std::byte> HostBytes(std::span<const InputTensor> tensors, const
 
 absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, const Stage& stage) {
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
-    const InputTensor& tensor = spec.tensors[plan.tensors[i]];
+    const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
     const std::byte* data = stage.host->data() + plan.offset_bytes[i];
     const auto count = static_cast<size_t>(tensor.byte_size / 4);
     absl::Status status;
@@ -196,7 +196,7 @@ absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t laye
   const float* key_scales = nullptr;
   const float* value_scales = nullptr;
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
-    const InputTensor& tensor = spec.tensors[plan.tensors[i]];
+    const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
     const std::byte* data = stage.device.data() + plan.offset_bytes[i];
     TensorView view = tensor.view;
     view.data = data;
@@ -239,7 +239,7 @@ absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t laye
   return tensors;
 }
 
-OutputTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values) {
+ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values) {
   auto owner = std::make_shared<std::vector<int32_t>>(std::move(values));
   return {.kind = kind,
           .dtype = DType::kInt32,
@@ -250,9 +250,9 @@ OutputTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vecto
           .owner = owner};
 }
 
-absl::StatusOr<LayerOutput> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                         LayerPages pages, Backend& backend, Stream& stream) {
-  LayerOutput output;
+absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
+                                           LayerPages pages, Backend& backend, Stream& stream) {
+  ComputedLayer output;
   auto plan = std::make_shared<const LayerPlan>(std::move(decision.plan));
   output.plan = plan;
   output.hash = plan->Hash();
@@ -305,9 +305,9 @@ absl::StatusOr<LayerOutput> CollectLayer(const SequenceContext& context, LayerDe
   return output;
 }
 
-int64_t PayloadBytes(const LayerOutput& output) {
+int64_t PayloadBytes(const ComputedLayer& output) {
   int64_t bytes = 0;
-  for (const OutputTensor& tensor : output.tensors) {
+  for (const ResultTensor& tensor : output.tensors) {
     if (tensor.kind != TensorKind::kKeptTokens && tensor.kind != TensorKind::kPageTable) {
       bytes += tensor.byte_size;
     }
@@ -328,8 +328,8 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
   const SequenceShape& shape = sequence.shape;
   std::vector<int64_t> layer_bytes(static_cast<size_t>(shape.num_layers));
   int64_t sequence_bytes = 0;
-  for (const InputTensor& tensor : spec.tensors) {
-    int64_t& bytes = tensor.layer == InputTensor::kWholeSequence
+  for (const RequestTensor& tensor : spec.tensors) {
+    int64_t& bytes = tensor.layer == RequestTensor::kWholeSequence
                          ? sequence_bytes
                          : layer_bytes[static_cast<size_t>(tensor.layer)];
     bytes += AlignUp(tensor.byte_size);

@@ -23,7 +23,7 @@ struct StagePlan {
   std::vector<int64_t> offset_bytes;  // of each in the stage, 64-byte aligned
   int64_t byte_size = 0;
 };
-StagePlan PlanStage(std::span<const InputTensor> tensors, int32_t layer);
+StagePlan PlanStage(std::span<const RequestTensor> tensors, int32_t layer);
 
 // Host staging memory of one StagePlan, and its device copy once made. Host memory is shared with
 // whoever copies into it.
@@ -33,10 +33,10 @@ struct Stage {
 };
 
 // Host bytes of a tensor of the stage, or empty when the stage has none of that kind.
-std::span<const std::byte> HostBytes(std::span<const InputTensor> tensors, const StagePlan& plan,
+std::span<const std::byte> HostBytes(std::span<const RequestTensor> tensors, const StagePlan& plan,
                                      const Stage& stage, TensorKind kind);
 template <typename T>
-std::span<const T> HostValues(std::span<const InputTensor> tensors, const StagePlan& plan,
+std::span<const T> HostValues(std::span<const RequestTensor> tensors, const StagePlan& plan,
                               const Stage& stage, TensorKind kind) {
   const std::span<const std::byte> bytes = HostBytes(tensors, plan, stage, kind);
   return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
@@ -54,13 +54,13 @@ absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t laye
                                            Stream& stream);
 
 // What leaves of a layer. Consumes the pages; complete when it returns.
-absl::StatusOr<LayerOutput> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                         LayerPages pages, Backend& backend, Stream& stream);
+absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
+                                           LayerPages pages, Backend& backend, Stream& stream);
 
-OutputTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values);
+ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values);
 
 // Bytes that count as compressed output: pages, scales, summaries.
-int64_t PayloadBytes(const LayerOutput& output);
+int64_t PayloadBytes(const ComputedLayer& output);
 
 // Memory to reserve for a request, bytes: stages of the layers that may be in flight, their device
 // copies where the device has its own memory, results not yet sent, scores.

@@ -30,13 +30,13 @@ Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
       executor_(executor),
       sink_(std::move(sink)),
       reservation_(std::move(reservation)),
-      sequence_plan_(PlanStage(spec_.tensors, InputTensor::kWholeSequence)),
+      sequence_plan_(PlanStage(spec_.tensors, RequestTensor::kWholeSequence)),
       inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers),
       layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
     layers_[static_cast<size_t>(layer)].plan = PlanStage(spec_.tensors, layer);
   }
-  for (const InputTensor& tensor : spec_.tensors) {
+  for (const RequestTensor& tensor : spec_.tensors) {
     switch (tensor.kind) {
       case TensorKind::kKey:
       case TensorKind::kValue:
@@ -67,7 +67,7 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
   const int32_t layer = spec_.tensors[*index].layer;
   const StagePlan* plan = &sequence_plan_;
   Stage* stage = &sequence_stage_;
-  if (layer != InputTensor::kWholeSequence) {
+  if (layer != RequestTensor::kWholeSequence) {
     LayerState& state = layers_[static_cast<size_t>(layer)];
     plan = &state.plan;
     stage = &state.stage;
@@ -134,7 +134,7 @@ void Request::Cancel() { Stop(); }
 void Request::Stop() {
   // Freed outside the lock.
   std::vector<Stage> stages;
-  std::map<int32_t, LayerOutput> outputs;
+  std::map<int32_t, ComputedLayer> outputs;
   absl::MutexLock lock(&mu_);
   stopped_.store(true, std::memory_order_relaxed);
   finished_ = true;
@@ -148,8 +148,9 @@ void Request::Fail(absl::Status status) {
     if (finished_) return;
     finished_ = true;
   }
-  Stop();
+  // Told before stopped: else the reader could meet the end before anyone knows its reason.
   sink_->OnError(std::move(status));
+  Stop();
 }
 
 void Request::Submit(Work work) {
@@ -214,7 +215,7 @@ void Request::Deliver() {
       continue;
     }
     if (const auto next = outputs_.find(next_output_); next != outputs_.end()) {
-      LayerOutput output = std::move(next->second);
+      ComputedLayer output = std::move(next->second);
       outputs_.erase(next);
       ++next_output_;
       Record(output);
@@ -240,7 +241,7 @@ void Request::Deliver() {
   mu_.Unlock();
 }
 
-void Request::Record(const LayerOutput& output) {
+void Request::Record(const ComputedLayer& output) {
   if (plan_hasher_.has_value()) plan_hasher_->Add(*output.plan);
   LayerPlan plan = {.layer = output.plan->layer,
                     .groups = output.plan->groups,

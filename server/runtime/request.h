@@ -44,7 +44,7 @@ class ResultSink {
  public:
   virtual ~ResultSink() = default;
   virtual void OnSequence(SequenceOutput output) = 0;
-  virtual void OnLayer(LayerOutput output) = 0;
+  virtual void OnLayer(ComputedLayer output) = 0;
   virtual void OnEnd(EndOutput output) = 0;
   virtual void OnError(absl::Status status) = 0;
   // Place() may be tried again.
@@ -114,21 +114,21 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::Status PrepareContexts(Backend& backend, Stream& stream);
   absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
   absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
-  absl::StatusOr<LayerOutput> CompressOne(const LayerTensors& tensors, Backend& backend,
-                                          Stream& stream);
-  absl::StatusOr<LayerOutput> ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                       Backend& backend, Stream& stream);
-  absl::StatusOr<LayerOutput> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
-                                          Backend& backend, Stream& stream);
-  absl::StatusOr<LayerOutput> Collect(LayerResult result, const LayerTensors& tensors,
-                                      Backend& backend, Stream& stream);
+  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, Backend& backend,
+                                            Stream& stream);
+  absl::StatusOr<ComputedLayer> ApplyOne(const Stage& stage, const LayerTensors& tensors,
+                                         Backend& backend, Stream& stream);
+  absl::StatusOr<ComputedLayer> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
+                                            Backend& backend, Stream& stream);
+  absl::StatusOr<ComputedLayer> Collect(LayerResult result, const LayerTensors& tensors,
+                                        Backend& backend, Stream& stream);
   absl::StatusOr<LayerPlan> ReceivedPlan(int32_t layer, const Stage& stage) const;
   bool KeepsAll(int32_t layer) const;
   absl::Status DecideGlobal(Backend& backend, Stream& stream);
   absl::Status ApplyGlobal(int32_t layer, Stage stage, const LayerTensors& tensors,
                            Backend& backend, Stream& stream);
   absl::StatusOr<EndOutput> MakeEnd(EndOutput end);
-  void Record(const LayerOutput& output) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  void Record(const ComputedLayer& output) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Constant after construction.
   const RequestSpec spec_;
@@ -171,7 +171,7 @@ class Request : public std::enable_shared_from_this<Request> {
   bool delivering_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<SequenceOutput> sequence_output_ ABSL_GUARDED_BY(mu_);
   absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
-  std::map<int32_t, LayerOutput> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
+  std::map<int32_t, ComputedLayer> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
   int32_t next_output_ ABSL_GUARDED_BY(mu_) = 0;
   EndOutput end_ ABSL_GUARDED_BY(mu_);
 };

@@ -46,7 +46,7 @@ enum class TensorKind : uint8_t {
 };
 
 // One tensor that will arrive in the stream. Sizes and strides are validated.
-struct InputTensor {
+struct RequestTensor {
   static constexpr int32_t kWholeSequence = -1;
 
   uint32_t id = 0;
@@ -67,7 +67,7 @@ struct RequestSpec {
   std::string request_id;
   std::string tenant;
   SequenceSpec sequence;
-  std::vector<InputTensor> tensors;
+  std::vector<RequestTensor> tensors;
   int32_t max_open_layers = 2;
   int32_t max_chunk_bytes = 2 << 20;  // in the response
   bool shadow = false;
@@ -80,7 +80,7 @@ struct RequestSpec {
 };
 
 // One tensor of a response, in host memory. `owner` keeps the bytes alive.
-struct OutputTensor {
+struct ResultTensor {
   TensorKind kind = TensorKind::kKeptTokens;
   DType dtype = DType::kInt32;
   std::vector<int64_t> shape;
@@ -93,15 +93,15 @@ struct OutputTensor {
 struct SequenceOutput {
   int64_t num_blocks = 0;
   int64_t open_block_begin = 0;
-  std::vector<OutputTensor> tensors;
+  std::vector<ResultTensor> tensors;
 };
 
-struct LayerOutput {
+struct ComputedLayer {
   std::shared_ptr<const LayerPlan> plan;
   Hash128 hash{};  // of plan
   std::optional<LayerReceipt> receipt;
   int64_t num_pages = 0;
-  std::vector<OutputTensor> tensors;
+  std::vector<ResultTensor> tensors;
   // What the layer took, and what it would have weighed (shadow).
   LayerSeconds seconds;
   double host_to_device_seconds = 0;

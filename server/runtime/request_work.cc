@@ -151,9 +151,9 @@ absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend
     end_.seconds.layers.score += SecondsSince(score_start);
     return status;
   }
-  absl::StatusOr<LayerOutput> output = spec_.method == Method::kApply
-                                           ? ApplyOne(stage, *tensors, backend, stream)
-                                           : CompressOne(*tensors, backend, stream);
+  absl::StatusOr<ComputedLayer> output = spec_.method == Method::kApply
+                                             ? ApplyOne(stage, *tensors, backend, stream)
+                                             : CompressOne(*tensors, backend, stream);
   if (!output.ok()) return output.status();
   output->host_to_device_seconds = host_to_device;
   absl::MutexLock lock(&mu_);
@@ -161,16 +161,16 @@ absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend
   return absl::OkStatus();
 }
 
-absl::StatusOr<LayerOutput> Request::CompressOne(const LayerTensors& tensors, Backend& backend,
-                                                 Stream& stream) {
+absl::StatusOr<ComputedLayer> Request::CompressOne(const LayerTensors& tensors, Backend& backend,
+                                                   Stream& stream) {
   absl::StatusOr<LayerResult> result = CompressLayer(
       *context_, tensors, /*with_pages=*/spec_.method == Method::kCompress, backend, stream);
   if (!result.ok()) return result.status();
   return Collect(*std::move(result), tensors, backend, stream);
 }
 
-absl::StatusOr<LayerOutput> Request::ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                              Backend& backend, Stream& stream) {
+absl::StatusOr<ComputedLayer> Request::ApplyOne(const Stage& stage, const LayerTensors& tensors,
+                                                Backend& backend, Stream& stream) {
   absl::StatusOr<LayerPlan> plan = ReceivedPlan(tensors.layer, stage);
   if (!plan.ok()) return plan.status();
   absl::StatusOr<LayerDecision> decision = FromPlan(*std::move(plan), backend, stream);
@@ -201,9 +201,9 @@ absl::StatusOr<LayerPlan> Request::ReceivedPlan(int32_t layer, const Stage& stag
   return std::move(plan.layers.front());
 }
 
-absl::StatusOr<LayerOutput> Request::FinishLayer(LayerDecision decision,
-                                                 const LayerTensors& tensors, Backend& backend,
-                                                 Stream& stream) {
+absl::StatusOr<ComputedLayer> Request::FinishLayer(LayerDecision decision,
+                                                   const LayerTensors& tensors, Backend& backend,
+                                                   Stream& stream) {
   LayerResult result;
   result.decision = std::move(decision);
   if (spec_.method != Method::kPlan) {
@@ -226,8 +226,8 @@ absl::StatusOr<LayerOutput> Request::FinishLayer(LayerDecision decision,
   return Collect(std::move(result), tensors, backend, stream);
 }
 
-absl::StatusOr<LayerOutput> Request::Collect(LayerResult result, const LayerTensors& tensors,
-                                             Backend& backend, Stream& stream) {
+absl::StatusOr<ComputedLayer> Request::Collect(LayerResult result, const LayerTensors& tensors,
+                                               Backend& backend, Stream& stream) {
   const int32_t layer = result.decision.plan.layer;
   const SequenceContext* context = context_.get();
   int64_t shadow_bytes = 0;
@@ -244,7 +244,7 @@ absl::StatusOr<LayerOutput> Request::Collect(LayerResult result, const LayerTens
     result.pages = *std::move(originals);
   }
   const absl::Time start = absl::Now();
-  absl::StatusOr<LayerOutput> output =
+  absl::StatusOr<ComputedLayer> output =
       CollectLayer(*context, std::move(result.decision), std::move(result.pages), backend, stream);
   if (!output.ok()) return output.status();
   output->device_to_host_seconds = SecondsSince(start);
@@ -293,7 +293,7 @@ absl::Status Request::DecideGlobal(Backend& backend, Stream& stream) {
 
 absl::Status Request::ApplyGlobal(int32_t layer, Stage stage, const LayerTensors& tensors,
                                   Backend& backend, Stream& stream) {
-  const auto apply = [&]() -> absl::StatusOr<LayerOutput> {
+  const auto apply = [&]() -> absl::StatusOr<ComputedLayer> {
     if (KeepsAll(layer)) {
       absl::StatusOr<LayerDecision> decision = KeepAll(*context_, layer, backend, stream);
       if (!decision.ok()) return decision.status();
@@ -305,7 +305,7 @@ absl::Status Request::ApplyGlobal(int32_t layer, Stage stage, const LayerTensors
     if (!decision.ok()) return decision.status();
     return FinishLayer(*std::move(decision), tensors, backend, stream);
   };
-  absl::StatusOr<LayerOutput> output = apply();
+  absl::StatusOr<ComputedLayer> output = apply();
   absl::Status status = output.status();
   status.Update(stream.Synchronize());
   stage = {};

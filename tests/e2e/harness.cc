@@ -236,7 +236,7 @@ std::vector<int32_t> Reply::Ints(const v1::LayerResult& layer, v1::TensorKind ki
   return values;
 }
 
-std::unique_ptr<Stream> Open(Stub& stub, Call call, grpc::ClientContext& context) {
+std::unique_ptr<CallStream> Open(Stub& stub, Call call, grpc::ClientContext& context) {
   switch (call) {
     case Call::kCompress:
       return stub.Compress(&context);
@@ -270,7 +270,7 @@ void Take(const v1::CompressResponse& response, Reply& reply) {
 Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& messages) {
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
-  const std::unique_ptr<Stream> stream = Open(stub, call, context);
+  const std::unique_ptr<CallStream> stream = Open(stub, call, context);
   std::thread writer([&] {
     for (const v1::CompressRequest& message : messages) {
       if (!stream->Write(message)) break;

@@ -86,9 +86,9 @@ struct Reply {
 };
 
 using Stub = v1::Compression::Stub;
-using Stream = grpc::ClientReaderWriter<v1::CompressRequest, v1::CompressResponse>;
+using CallStream = grpc::ClientReaderWriter<v1::CompressRequest, v1::CompressResponse>;
 enum class Call { kCompress, kPlan, kApply, kCalibrate };
-std::unique_ptr<Stream> Open(Stub& stub, Call call, grpc::ClientContext& context);
+std::unique_ptr<CallStream> Open(Stub& stub, Call call, grpc::ClientContext& context);
 
 // Sends all messages, closes, and reads to the end.
 Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& messages);

@@ -51,7 +51,7 @@ struct OpenCall {
 
   std::unique_ptr<Stub> stub;
   grpc::ClientContext context;
-  std::unique_ptr<Stream> stream;
+  std::unique_ptr<CallStream> stream;
   Reply reply;
 };
 

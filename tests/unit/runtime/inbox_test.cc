@@ -10,8 +10,8 @@
 namespace dynsplit {
 namespace {
 
-InputTensor Make(uint32_t id, int32_t layer, int64_t byte_size) {
-  InputTensor tensor;
+RequestTensor Make(uint32_t id, int32_t layer, int64_t byte_size) {
+  RequestTensor tensor;
   tensor.id = id;
   tensor.kind = layer < 0 ? TensorKind::kTokenIds : TensorKind::kKey;
   tensor.layer = layer;
@@ -23,8 +23,8 @@ InputTensor Make(uint32_t id, int32_t layer, int64_t byte_size) {
 class InboxTest : public testing::Test {
  protected:
   // Token ids and one tensor in each of four layers, 10 bytes each; ids 0, 1, 2, 3, 4.
-  std::vector<InputTensor> tensors_ = {Make(0, -1, 10), Make(1, 0, 10), Make(2, 1, 10),
-                                       Make(3, 2, 10), Make(4, 3, 10)};
+  std::vector<RequestTensor> tensors_ = {Make(0, -1, 10), Make(1, 0, 10), Make(2, 1, 10),
+                                         Make(3, 2, 10), Make(4, 3, 10)};
   Inbox inbox_{tensors_, 4, 2};
 
   std::string Field(const Chunk& chunk) {
@@ -80,7 +80,7 @@ TEST_F(InboxTest, EndNamesWhatIsMissing) {
 }
 
 TEST(InboxEdgeTest, LayersWithoutTensorsAreComplete) {
-  const std::vector<InputTensor> none;
+  const std::vector<RequestTensor> none;
   const Inbox inbox(none, 3, 1);
   EXPECT_TRUE(inbox.all_complete());
   EXPECT_TRUE(inbox.CheckEnd(0).ok());
