@@ -168,6 +168,7 @@ TEST(CudaBackendTest, StreamsOfManyThreadsDoNotDisturbEachOther) {
   constexpr int kThreads = 8;
   std::vector<int> mismatches(kThreads, 0);
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int thread = 0; thread < kThreads; ++thread) {
     threads.emplace_back([gpu, thread, &mismatches] {
       auto stream = gpu->CreateStream().value();
