@@ -213,7 +213,10 @@ absl::StatusOr<DelimiterProfile> Calibrator::Finish(std::string name) const {
     ++total.count;
   }
   std::vector<DelimiterWeight> weights = base_weights_;
-  for (DelimiterWeight& weight : weights) weight.num_occurrences = 0;
+  for (DelimiterWeight& weight : weights) {
+    weight.num_occurrences = 0;
+    weight.score = 0;
+  }
   for (const auto& [id, total] : totals) {
     if (total.count < options_.min_occurrences) continue;
     auto weight = std::find_if(weights.begin(), weights.end(),
@@ -224,7 +227,8 @@ absl::StatusOr<DelimiterProfile> Calibrator::Finish(std::string name) const {
       weight = weights.insert(weights.end(), DelimiterWeight());
       weight->token_id = id;
     }
-    weight->weight = static_cast<float>(std::clamp((total.score / total.count + 1) / 2, 0.0, 1.0));
+    weight->score = total.score / total.count;
+    weight->weight = static_cast<float>(std::clamp((weight->score + 1) / 2, 0.0, 1.0));
     weight->num_occurrences = total.count;
   }
   return DelimiterProfile::Create(

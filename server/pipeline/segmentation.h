@@ -24,6 +24,7 @@ struct DelimiterWeight {
   bool sentence_end = false;
   std::string text;
   int32_t num_occurrences = 0;
+  double score = 0;  // mean s of arXiv 2602.03184 section 3.1 where measured, unclamped
 };
 
 // Importance of delimiter token types of one tokenizer. Immutable after construction; thread-safe.
