@@ -89,13 +89,13 @@ int Run(const Flags& flags) {
   }
   if (flags.json) {
     std::cout << JsonReport(*result).dump(2) << "\n";
-  } else if (!flags.summary.empty()) {
-    const absl::StatusOr<std::string> table = SummaryTable(flags.summary);
-    if (!table.ok()) return PrintError(table.status());
-    std::cout << *table;
-  } else {
-    PrintHuman(flags, *capture, *result);
+    return kExitOk;
   }
+  if (!flags.quiet) PrintHuman(flags, *capture, *result);
+  if (flags.summary.empty()) return kExitOk;
+  const absl::StatusOr<std::string> table = SummaryTable(flags.summary);
+  if (!table.ok()) return PrintError(table.status());
+  std::cout << (flags.quiet ? "" : "\n") << *table;
   return kExitOk;
 }
 
@@ -104,8 +104,10 @@ std::shared_ptr<Flags> AddCommon(CLI::App& command, int& exit_code) {
   flags->capture.AddTo(command);
   flags->policy.AddTo(command);
   flags->connection.AddTo(command);
-  command.add_flag("--json", flags->json, "Machine-readable answer on stdout");
-  command.add_flag("-q,--quiet", flags->quiet, "No progress bar");
+  CLI::Option* json = command.add_flag("--json", flags->json, "Machine-readable answer on stdout");
+  command
+      .add_flag("-q,--quiet", flags->quiet, "Neither progress nor answer; only --summary's table")
+      ->excludes(json);
   command.add_option("--plots", flags->plots, "Folder for plots (PNG)");
   command.callback([flags, &exit_code] { exit_code = Run(*flags); });
   return flags;

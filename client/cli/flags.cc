@@ -4,10 +4,8 @@
 #include <google/protobuf/generated_enum_reflection.h>
 
 #include <algorithm>
-#include <fstream>
 #include <functional>
 #include <map>
-#include <sstream>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -45,14 +43,6 @@ template <typename Number>
 CLI::Option* AddNumber(CLI::App& app, const std::string& name, const std::string& description,
                        std::function<void(Number)> set) {
   return app.add_option_function<Number>(name, std::move(set), description)->group("Policy");
-}
-
-absl::StatusOr<std::string> ReadText(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  text << file.rdbuf();
-  if (!file) return absl::NotFoundError(absl::StrCat("cannot read ", path));
-  return text.str();
 }
 
 void AddSegmentation(CLI::App& app, v1::Segmentation& segmentation) {
@@ -179,10 +169,6 @@ void ConnectionFlags::AddTo(CLI::App& app) {
       ->envname("DYNSPLIT_TARGET")
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("--token-file", token_file, "File with the bearer token")->group(kGroup);
-  app.add_option("--ca", ca_file, "TLS: certificate authority of the server (PEM)")->group(kGroup);
-  app.add_option("--cert", cert_file, "Mutual TLS: own certificate (PEM)")->group(kGroup);
-  app.add_option("--key", key_file, "Mutual TLS: own key (PEM)")->group(kGroup);
   app.add_option("--timeout", timeout_seconds, "Longest duration of a request, seconds")
       ->check(CLI::PositiveNumber)
       ->capture_default_str()
@@ -202,23 +188,6 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectionFlags::Connect() const {
   options.timeout = absl::Seconds(timeout_seconds);
   options.chunk_bytes = static_cast<size_t>(chunk_kib) << 10;
   options.num_channels = num_channels;
-  if (!token_file.empty()) {
-    const absl::StatusOr<std::string> token = ReadText(token_file);
-    if (!token.ok()) return token.status();
-    options.bearer_token = std::string(absl::StripAsciiWhitespace(*token));
-  }
-  if (!ca_file.empty() || !cert_file.empty() || !key_file.empty()) {
-    grpc::SslCredentialsOptions tls;
-    for (const auto& [path, text] :
-         {std::pair(&ca_file, &tls.pem_root_certs), std::pair(&cert_file, &tls.pem_cert_chain),
-          std::pair(&key_file, &tls.pem_private_key)}) {
-      if (path->empty()) continue;
-      absl::StatusOr<std::string> pem = ReadText(*path);
-      if (!pem.ok()) return pem.status();
-      *text = *std::move(pem);
-    }
-    options.credentials = grpc::SslCredentials(tls);
-  }
   return Client::Connect(target, std::move(options));
 }
 

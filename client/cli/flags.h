@@ -18,7 +18,6 @@ namespace dynsplit::cli {
 // How to reach the server.
 struct ConnectionFlags {
   std::string target = "127.0.0.1:8001";
-  std::string token_file, ca_file, cert_file, key_file;
   double timeout_seconds = 300;
   int chunk_kib = 2048;
   int num_channels = 1;

@@ -26,19 +26,34 @@ struct CalibrateFlags {
   bool json = false, store = false, replace = false;
 };
 
-// A field of a CSV line, quoted so that delimiters survive: a quote is doubled, a line break
-// written \n.
-std::string CsvField(const std::string& text) {
-  return absl::StrCat(
-      "\"", absl::StrReplaceAll(text, {{"\"", "\"\""}, {"\n", "\\n"}, {"\r", "\\r"}}), "\"");
+// Text in a field of a profile's CSV, where commas and line breaks end fields.
+std::string EscapeText(const std::string& text) {
+  std::string escaped;
+  for (const char c : text) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (c == '\n') {
+      escaped += "\\n";
+    } else if (c == '\\') {
+      escaped += "\\\\";
+    } else if (c == ',' || c == '"' || byte < 0x20 || byte == 0x7F) {
+      absl::StrAppendFormat(&escaped, "\\x%02x", byte);
+    } else {
+      escaped += c;
+    }
+  }
+  return escaped;
 }
 
+// The form of the server's profile files.
 std::string Csv(const v1::DelimiterProfile& profile) {
-  std::string csv = "token_id,weight,sentence_end,text,num_occurrences,score\n";
+  std::string csv;
+  if (!profile.description().empty()) {
+    csv = absl::StrCat("# ", absl::StrReplaceAll(profile.description(), {{"\n", "\n# "}}), "\n");
+  }
+  absl::StrAppend(&csv, "token_id,text_escaped,weight,occurrences,sentence_end\n");
   for (const v1::DelimiterWeight& weight : profile.weights()) {
-    absl::StrAppendFormat(&csv, "%d,%.6g,%d,%s,%d,%.6g\n", weight.token_id(), weight.weight(),
-                          weight.sentence_end() ? 1 : 0, CsvField(weight.text()),
-                          weight.num_occurrences(), weight.score());
+    absl::StrAppendFormat(&csv, "%d,%s,%.6g,%d,%d\n", weight.token_id(), EscapeText(weight.text()),
+                          weight.weight(), weight.num_occurrences(), weight.sentence_end() ? 1 : 0);
   }
   return csv;
 }

@@ -3,14 +3,21 @@
 
 #include <google/protobuf/util/json_util.h>
 
+#include <algorithm>
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <limits>
+#include <numeric>
+#include <set>
+#include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_replace.h"
@@ -21,6 +28,7 @@ namespace dynsplit::cli {
 namespace {
 
 using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
 
 // METHOD_WINDOW_QUERIES, "METHOD_" -> window-queries
 std::string Choice(const std::string& name, size_t prefix) {
@@ -54,32 +62,99 @@ std::string DescribeBudget(const v1::Budget& budget) {
   }
 }
 
-// JSON has no NaN: protobuf writes the string, scripts want null.
-void NullifyNan(Json& json) {
-  if (json.is_string() && json.get_ref<const std::string&>() == "NaN") json = nullptr;
-  if (!json.is_structured()) return;
-  for (Json& element : json) NullifyNan(element);
+// Protobuf writes 64-bit integers and NaN as strings; scripts want numbers and null.
+void SimplifyNumber(google::protobuf::FieldDescriptor::CppType type, Json& json) {
+  using Field = google::protobuf::FieldDescriptor;
+  if (!json.is_string()) return;
+  const std::string text = json.get<std::string>();
+  int64_t integer = 0;
+  uint64_t natural = 0;
+  switch (type) {
+    case Field::CPPTYPE_FLOAT:
+    case Field::CPPTYPE_DOUBLE:
+      json = nullptr;
+      break;
+    case Field::CPPTYPE_INT64:
+      if (absl::SimpleAtoi(text, &integer)) json = integer;
+      break;
+    case Field::CPPTYPE_UINT64:
+      if (absl::SimpleAtoi(text, &natural)) json = natural;
+      break;
+    default:
+      break;
+  }
 }
 
-Json Number(double value) { return std::isfinite(value) ? Json(value) : Json(nullptr); }
-
-double MeanKept(const v1::Plan& plan) {
-  double sum = 0;
-  for (const v1::LayerPlan& layer : plan.layers())
-    sum += static_cast<double>(layer.num_kept_tokens());
-  return plan.layers().empty() ? 0 : sum / plan.layers_size();
+void SimplifyNumbers(const google::protobuf::Descriptor& type, Json& json) {
+  for (int i = 0; i < type.field_count(); ++i) {
+    const google::protobuf::FieldDescriptor& field = *type.field(i);
+    const auto found = json.find(field.name());
+    if (found == json.end()) continue;
+    // Values of a map are those of its entries' second field.
+    const auto& element = field.is_map() ? *field.message_type()->map_value() : field;
+    const auto simplify = [&element](Json& value) {
+      if (element.message_type() != nullptr) {
+        SimplifyNumbers(*element.message_type(), value);
+      } else {
+        SimplifyNumber(element.cpp_type(), value);
+      }
+    };
+    if (!field.is_repeated()) {
+      simplify(*found);
+    } else {
+      for (Json& value : *found) simplify(value);
+    }
+  }
 }
 
-absl::StatusOr<Json> ReadObject(const std::string& path) {
-  if (!std::filesystem::exists(path)) return Json::object();
+OrderedJson Number(double value) {
+  return std::isfinite(value) ? OrderedJson(value) : OrderedJson(nullptr);
+}
+
+// An integer where all are equal.
+OrderedJson Mean(const std::vector<int64_t>& values) {
+  if (values.empty()) return 0;
+  if (std::equal(values.begin() + 1, values.end(), values.begin())) return values.front();
+  const int64_t sum = std::accumulate(values.begin(), values.end(), int64_t{0});
+  return static_cast<double>(sum) / static_cast<double>(values.size());
+}
+
+absl::StatusOr<OrderedJson> ReadObject(const std::string& path) {
+  if (!std::filesystem::exists(path)) return OrderedJson::object();
   std::ifstream file(path);
-  Json json = Json::parse(file, nullptr, /*allow_exceptions=*/false);
-  if (!json.is_object())
+  OrderedJson json = OrderedJson::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object()) {
     return absl::InvalidArgumentError(absl::StrCat(path, " is not a JSON object"));
+  }
   return json;
 }
 
-std::string Cell(const std::string& key, const Json& value) {
+// The sample's kinds in its own order, then the others by name.
+std::vector<std::string> KindsInOrder(const OrderedJson& summary) {
+  static constexpr std::string_view kFirst[] = {"prose", "code", "dialogue"};
+  std::vector<std::string> kinds;
+  for (const auto& [kind, entry] : summary.items()) kinds.push_back(kind);
+  std::sort(kinds.begin(), kinds.end(), [](const std::string& a, const std::string& b) {
+    const auto* place_a = std::find(std::begin(kFirst), std::end(kFirst), a);
+    const auto* place_b = std::find(std::begin(kFirst), std::end(kFirst), b);
+    return std::tie(place_a, a) < std::tie(place_b, b);
+  });
+  return kinds;
+}
+
+// One line where all entries have one policy.
+std::string Policies(const std::vector<std::pair<std::string, std::string>>& policy_of_kind) {
+  std::set<std::string> different;
+  for (const auto& [kind, policy] : policy_of_kind) different.insert(policy);
+  if (different.size() == 1) return absl::StrCat("policy: ", *different.begin(), "\n");
+  std::string text;
+  for (const auto& [kind, policy] : policy_of_kind) {
+    absl::StrAppend(&text, "policy of ", kind, ": ", policy, "\n");
+  }
+  return text;
+}
+
+std::string Cell(const std::string& key, const OrderedJson& value) {
   if (value.is_null()) return "-";
   if (value.is_string()) return value.get<std::string>();
   if (!value.is_number()) return value.dump();
@@ -145,7 +220,7 @@ Json ToJson(const google::protobuf::Message& message) {
   std::string text;
   if (!google::protobuf::util::MessageToJsonString(message, &text, options).ok()) return nullptr;
   Json json = Json::parse(text, nullptr, /*allow_exceptions=*/false);
-  NullifyNan(json);
+  SimplifyNumbers(*message.GetDescriptor(), json);
   return json;
 }
 
@@ -159,23 +234,22 @@ Json JsonReport(const CompressResult& result) {
   return json;
 }
 
-Json SummaryEntry(const Capture& capture, const CompressResult& result) {
+OrderedJson SummaryEntry(const Capture& capture, const CompressResult& result) {
   const v1::Plan& plan = result.end.plan();
   const v1::Receipt& receipt = result.end.receipt();
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const bool measured = receipt.layers_size() > 0;
-  double pages = 0;
-  for (const LayerOutput& layer : result.layers) {
-    pages += static_cast<double>(layer.result.num_pages());
-  }
-  if (!result.layers.empty()) pages /= static_cast<double>(result.layers.size());
+  std::vector<int64_t> kept;
+  for (const v1::LayerPlan& layer : plan.layers()) kept.push_back(layer.num_kept_tokens());
+  std::vector<int64_t> pages;
+  for (const LayerOutput& layer : result.layers) pages.push_back(layer.result.num_pages());
   const auto bytes_in = static_cast<double>(result.end.bytes_in());
   const auto bytes_out = static_cast<double>(result.end.bytes_out());
   return {
       {"tokens", capture.shape.num_tokens()},
-      {"kept_tokens", MeanKept(plan)},
+      {"kept_tokens", Mean(kept)},
       {"semantic_blocks", plan.num_blocks()},
-      {"pages_per_layer", pages},
+      {"pages_per_layer", Mean(pages)},
       {"bytes_in", result.end.bytes_in()},
       {"bytes_out", result.end.bytes_out()},
       {"ratio", Number(bytes_out / bytes_in)},
@@ -189,11 +263,15 @@ Json SummaryEntry(const Capture& capture, const CompressResult& result) {
   };
 }
 
-absl::Status MergeSummary(const std::string& path, const std::string& key, const Json& entry) {
-  absl::StatusOr<Json> summary = ReadObject(path);
+absl::Status MergeSummary(const std::string& path, const std::string& key,
+                          const OrderedJson& entry) {
+  absl::StatusOr<OrderedJson> summary = ReadObject(path);
   if (!summary.ok()) return summary.status();
   (*summary)[key] = entry;
-  const std::string text = summary->dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+  OrderedJson ordered = OrderedJson::object();
+  for (const std::string& kind : KindsInOrder(*summary)) ordered[kind] = (*summary)[kind];
+  const std::string text =
+      ordered.dump(2, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
   auto file = AtomicFile::Create(path);
   if (!file.ok()) return file.status();
   if (absl::Status status = (*file)->Write(text.data(), text.size()); !status.ok()) return status;
@@ -201,7 +279,7 @@ absl::Status MergeSummary(const std::string& path, const std::string& key, const
 }
 
 absl::StatusOr<std::string> SummaryTable(const std::string& path) {
-  const absl::StatusOr<Json> summary = ReadObject(path);
+  const absl::StatusOr<OrderedJson> summary = ReadObject(path);
   if (!summary.ok()) return summary.status();
   static constexpr const char* kRows[] = {"tokens",
                                           "kept_tokens",
@@ -216,17 +294,17 @@ absl::StatusOr<std::string> SummaryTable(const std::string& path) {
                                           "backend"};
   std::vector<std::vector<std::string>> rows = {{"text"}};
   for (const char* row : kRows) rows.push_back({absl::StrReplaceAll(row, {{"_", " "}})});
-  std::string policies;
-  for (const auto& [key, entry] : summary->items()) {
+  std::vector<std::pair<std::string, std::string>> policies;
+  for (const std::string& kind : KindsInOrder(*summary)) {
+    const OrderedJson& entry = (*summary)[kind];
     if (!entry.is_object()) continue;
-    rows[0].push_back(key);
+    rows[0].push_back(kind);
     for (size_t i = 0; i < std::size(kRows); ++i) {
-      rows[i + 1].push_back(Cell(kRows[i], entry.value(kRows[i], Json(nullptr))));
+      rows[i + 1].push_back(Cell(kRows[i], entry.value(kRows[i], OrderedJson())));
     }
-    absl::StrAppend(&policies, "policy of ", key, ": ",
-                    Cell("policy", entry.value("policy", Json())), "\n");
+    policies.emplace_back(kind, Cell("policy", entry.value("policy", OrderedJson())));
   }
-  return absl::StrCat(Table(rows), policies);
+  return absl::StrCat(Table(rows), Policies(policies));
 }
 
 }  // namespace dynsplit::cli

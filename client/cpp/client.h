@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// C++ client of dynsplitd.
+// C++ client of dynsplitd. Connections are neither encrypted nor authenticated, as the server's
+// are.
 //
 //     auto client = dynsplit::Client::Connect("unix:/run/dynsplit.sock", {});
 //     dynsplit::CompressJob job;
@@ -15,7 +16,6 @@
 #pragma once
 
 #include <grpcpp/channel.h>
-#include <grpcpp/security/credentials.h>
 
 #include <atomic>
 #include <cstddef>
@@ -51,10 +51,6 @@ struct ClientOptions {
   int num_channels = 1;
   // Most tensor bytes accepted in one response.
   int64_t max_result_bytes = int64_t{64} << 30;
-  // Default: insecure.
-  std::shared_ptr<grpc::ChannelCredentials> credentials = nullptr;
-  // Sent as "authorization: Bearer ..." where not empty.
-  std::string bearer_token = {};
 };
 
 // Cancels the calls that carry it, now and later. Thread-safe.

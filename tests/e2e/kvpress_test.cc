@@ -37,7 +37,7 @@ constexpr double kRelative = 1e-5;
 constexpr double kAbsolute = 1e-9;
 // Scores closer than this to the worst kept one are ties: either side may keep either.
 constexpr double kTie = 1e-6;
-// Tokens or chunks that ties may decide in the 270 or so sets of one kind; none was seen.
+// Tokens or chunks that ties may decide in the 90 ranked sets of one kind; none was seen.
 constexpr int kMaxTies = 2;
 
 // Numbers of one recorded layer by the last part of their names.
