@@ -188,7 +188,7 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectionFlags::Connect() const {
   options.timeout = absl::Seconds(timeout_seconds);
   options.chunk_bytes = static_cast<size_t>(chunk_kib) << 10;
   options.num_channels = num_channels;
-  return Client::Connect(target, std::move(options));
+  return Client::Connect(target, options);
 }
 
 void PolicyFlags::AddTo(CLI::App& app) {

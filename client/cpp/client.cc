@@ -140,7 +140,7 @@ void Cancellation::Detach(grpc::ClientContext* context) {
 }
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& target,
-                                                        ClientOptions options) {
+                                                        const ClientOptions& options) {
   if (options.chunk_bytes < kMinChunkBytes || options.chunk_bytes > wire::kMaxChunkDataBytes) {
     return absl::InvalidArgumentError(absl::StrCat("chunk_bytes is ", options.chunk_bytes,
                                                    "; must be in [", kMinChunkBytes, ", ",
@@ -152,7 +152,7 @@ absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const std::string& targe
   }
   if (target.empty()) return absl::InvalidArgumentError("target is empty");
   KeepGrpcInitialized();
-  std::unique_ptr<Client> client(new Client(target, std::move(options)));
+  std::unique_ptr<Client> client(new Client(target, options));
   for (int i = 0; i < client->options_.num_channels; ++i) {
     grpc::ChannelArguments arguments = wire::ClientChannelArguments(target);
     // Else equal channels share one connection.

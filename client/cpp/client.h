@@ -74,7 +74,7 @@ class Client {
   // Does not wait for the connection. `target` is a gRPC target: "host:port", "unix:/path",
   // "dns:///name:port".
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const std::string& target,
-                                                         ClientOptions options = {});
+                                                         const ClientOptions& options = {});
 
   // The Compression service; see its proto for what each needs and returns.
   absl::StatusOr<CompressResult> Compress(const CompressJob& job);
@@ -98,8 +98,8 @@ class Client {
   const std::string& target() const { return target_; }
 
  private:
-  Client(std::string target, ClientOptions options)
-      : target_(std::move(target)), options_(std::move(options)) {}
+  Client(std::string target, const ClientOptions& options)
+      : target_(std::move(target)), options_(options) {}
 
   std::shared_ptr<grpc::Channel> NextChannel();
   void Prepare(grpc::ClientContext& context, absl::Duration timeout) const;
