@@ -445,6 +445,23 @@ absl::Status CheckWindow(const RequestSpec& spec, const Tensors& tensors) {
                       absl::StrCat("has ", rows, " window queries; must have 1 to ", most));
 }
 
+// Delimiters that the policy's segmentation, or the calibration, reads.
+absl::Status ChooseProfile(const ProfileStore& profiles, RequestSpec& spec) {
+  SegmentationPolicy& segmentation = spec.sequence.policy.segmentation;
+  if (spec.method != Method::kCalibrate && !ReadsTokenIds(segmentation)) return absl::OkStatus();
+  if (segmentation.profile.empty() && profiles.default_name().empty()) {
+    return InvalidField("policy.segmentation.profile",
+                        "is empty, and this server has no default profile; must name the one of "
+                        "the request's tokenizer (Info.ListDelimiterProfiles)");
+  }
+  absl::StatusOr<std::shared_ptr<const DelimiterProfile>> profile =
+      profiles.Find(segmentation.profile);
+  if (!profile.ok()) return profile.status();
+  spec.profile = *std::move(profile);
+  segmentation.profile = spec.profile->name();
+  return absl::OkStatus();
+}
+
 absl::Status ResolvePolicy(const v1::Begin& begin, const ProfileStore& profiles,
                            RequestSpec& spec) {
   const bool apply = spec.method == Method::kApply;
@@ -464,15 +481,7 @@ absl::Status ResolvePolicy(const v1::Begin& begin, const ProfileStore& profiles,
   const Rope* rope = spec.sequence.rope.has_value() ? &*spec.sequence.rope : nullptr;
   absl::Status status = ValidatePolicy(spec.sequence.policy, spec.sequence.shape, rope);
   if (!status.ok() || apply) return status;
-  SegmentationPolicy& segmentation = spec.sequence.policy.segmentation;
-  if (spec.method == Method::kCalibrate || ReadsTokenIds(segmentation)) {
-    absl::StatusOr<std::shared_ptr<const DelimiterProfile>> profile =
-        profiles.Find(segmentation.profile);
-    if (!profile.ok()) return profile.status();
-    spec.profile = *std::move(profile);
-    segmentation.profile = spec.profile->name();
-  }
-  return absl::OkStatus();
+  return ChooseProfile(profiles, spec);
 }
 
 }  // namespace
@@ -533,14 +542,7 @@ absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
     // A fallback may cut otherwise than the policy it replaces.
     if (status.ok() && !spec.sequence.fallback_preset.empty()) {
       status = CheckDemand(spec, *tensors);
-      SegmentationPolicy& segmentation = spec.sequence.policy.segmentation;
-      if (status.ok() && ReadsTokenIds(segmentation)) {
-        absl::StatusOr<std::shared_ptr<const DelimiterProfile>> profile =
-            profiles.Find(segmentation.profile);
-        if (!profile.ok()) return profile.status();
-        spec.profile = *std::move(profile);
-        segmentation.profile = spec.profile->name();
-      }
+      if (status.ok()) status = ChooseProfile(profiles, spec);
     }
   }
   if (!status.ok()) return status;

@@ -109,7 +109,7 @@ std::vector<ConfigOption> MakeOptions() {
       Duration("pre-stop-delay", &C::pre_stop_delay,
                "time between turning not ready and refusing new requests"),
       Text("default-profile", &C::default_profile,
-           "delimiter profile where a policy names none; empty = first built-in"),
+           "delimiter profile where a policy names none; empty = requests must name it"),
       Text("profile-directory", &C::profile_directory,
            "directory of stored delimiter profiles; empty = memory only"),
       Int32("max-profiles", &C::max_profiles, "delimiter profiles that can be stored"),

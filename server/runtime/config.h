@@ -43,8 +43,9 @@ struct ServerConfig {
   absl::Duration drain_timeout = absl::Seconds(30);  // for requests in flight after SIGTERM
   absl::Duration pre_stop_delay;  // between "not serving" and refusing new requests; 0 s
 
-  std::string
-      default_profile;  // delimiter profile where a policy names none; empty = first built-in
+  // Delimiter profile where a policy names none. Empty = requests must name theirs: token ids of
+  // another tokenizer would cut at random, so that no profile is a safe default.
+  std::string default_profile;
   std::string profile_directory;  // stored profiles; empty = memory only
   int32_t max_profiles = 256;     // stored profiles
 

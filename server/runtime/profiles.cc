@@ -61,9 +61,6 @@ absl::Status ProfileStore::Load() {
     entries_.emplace(profile.name(),
                      Entry{std::make_shared<const DelimiterProfile>(profile), /*builtin=*/true});
   }
-  if (options_.default_name.empty() && !BuiltinProfiles().empty()) {
-    options_.default_name = BuiltinProfiles().front().name();
-  }
   if (!options_.directory.empty()) {
     std::error_code error;
     fs::directory_iterator files(options_.directory, error);

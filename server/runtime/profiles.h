@@ -24,7 +24,7 @@ namespace dynsplit {
 class ProfileStore {
  public:
   struct Options {
-    std::string default_name;  // empty = the first built-in
+    std::string default_name;  // empty = none: every request names its profile
     std::string directory;     // empty = memory only; must exist
     int32_t max_stored = 256;
   };
@@ -42,7 +42,7 @@ class ProfileStore {
   static absl::StatusOr<std::unique_ptr<ProfileStore>> Create(Options options);
 
   const std::string& default_name() const { return options_.default_name; }
-  // Empty name = the default. NOT_FOUND.
+  // Empty name = the default, if there is one. NOT_FOUND.
   absl::StatusOr<std::shared_ptr<const DelimiterProfile>> Find(std::string_view name) const;
   std::vector<Entry> List() const;  // ascending names
   // ALREADY_EXISTS for built-in names, and for stored ones without `replace`.

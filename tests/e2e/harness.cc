@@ -67,6 +67,7 @@ ServerConfig TestConfig() {
   config.max_request_bytes = int64_t{512} << 20;
   config.max_in_flight_bytes = int64_t{1} << 30;
   config.drain_timeout = absl::Seconds(5);
+  config.default_profile = "smollm2_table7";
   return config;
 }
 

@@ -578,5 +578,23 @@ TEST(LifecycleTest, StartRefusesWhatIsTaken) {
   EXPECT_TRUE(absl::IsInvalidArgument(start(config)));
 }
 
+TEST(Lifecycle, WithoutADefaultProfileRequestsNameTheirs) {
+  ServerConfig config = TestConfig();
+  config.default_profile = "";
+  TestServer server(config);
+  const auto stub = v1::Compression::NewStub(server.unix_channel());
+  Script script = MakeScript();
+  const Reply unnamed = Exchange(*stub, Call::kCompress, script);
+  EXPECT_EQ(unnamed.status.error_code(), grpc::INVALID_ARGUMENT);
+  ASSERT_EQ(unnamed.error.fields.size(), 1u);
+  EXPECT_EQ(unnamed.error.fields[0].field, "policy.segmentation.profile");
+  script.begin.mutable_policy()->mutable_segmentation()->set_profile("smollm2");
+  EXPECT_TRUE(Exchange(*stub, Call::kCompress, script).status.ok());
+  // Methods that read no token ids need none.
+  script.begin.mutable_policy()->clear_segmentation();
+  script.begin.mutable_policy()->set_preset("snapkv");
+  EXPECT_TRUE(Exchange(*stub, Call::kCompress, script).status.ok());
+}
+
 }  // namespace
 }  // namespace dynsplit::e2e
