@@ -61,6 +61,7 @@ class CliTest : public testing::Test {
     const std::string err = Path("stderr");
     arguments.insert(arguments.begin(), DYNSPLIT_CLI);
     std::vector<char*> argv;
+    argv.reserve(arguments.size() + 1);
     for (std::string& argument : arguments) argv.push_back(argument.data());
     argv.push_back(nullptr);
     // Not fork: this process has the server's threads.
