@@ -45,6 +45,8 @@ class SyntheticSequence {
     shape.set_num_kv_heads(kHeads);
     shape.set_num_tokens(kTokens);
     shape.set_head_dim(kDim);
+    // Blocks and attention, but no delimiter profile, for a server need not have a default one.
+    job.begin.mutable_policy()->set_preset("fixed_window");
     job.begin.mutable_policy()->mutable_budget()->set_kept_ratio(0.5);
     Add(job, v1::TENSOR_KIND_TOKEN_IDS, {}, v1::DTYPE_INT32, ids_);
     Add(job, v1::TENSOR_KIND_QUERIES, 0, v1::DTYPE_FLOAT32, queries_);
