@@ -27,7 +27,9 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
   install -m 755 "$(realpath "$library")" "$bundle/lib/$(basename "$library")"
   strip "$bundle/lib/$(basename "$library")"
 done
-cp tests/gpu.sh "$bundle/tests/"
+mkdir -p "$bundle/tests/judges"
+cp tests/gpu.sh tests/service_parity.sh "$bundle/tests/"
+cp tests/judges/compare_results.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
 rm -rf "$target"
 mkdir -p "$target"

@@ -8,7 +8,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 out=${OUT:-.}
-steps=${STEPS:-tests memcheck racecheck initcheck synccheck bench}
+steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench}
 mkdir -p "$out"
 
 # Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
@@ -29,17 +29,22 @@ step() {  # step NAME LIMIT_S COMMAND...
   names+=("$name") seconds+=($((SECONDS - start)))
   if [ $rc -eq 0 ]; then results+=(ok); else results+=("failed, exit $rc"); failed=1; fi
 }
-sanitize() {  # sanitize TOOL
-  step "$1" 150 compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
-    bin/gpu_tests --gtest_filter="$filter" --gtest_brief=1
+sanitize() {  # sanitize TOOL LIMIT_S FILTER
+  step "$1" "$2" compute-sanitizer --tool "$1" --error-exitcode 9 --print-limit 20 \
+    bin/gpu_tests --gtest_filter="$3"
 }
+# racecheck is slower by far, and needs only one shape a kernel: 16-bit and fp32 paths, small and large depth.
+race="CudaParity.*/gqa3_d64_padded:CudaParity.*/gqa2_d256:CudaParity.*/e4m3_token_scales_paged:-*SelectAdversarial*"
 
 step tests 300 bin/gpu_tests --gtest_brief=1
-for tool in memcheck racecheck initcheck synccheck; do sanitize "$tool"; done
+step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
+for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
+sanitize racecheck 280 "$race"
 step bench 200 bin/bench_gpu
 
 [ -f "$out/bench.log" ] && cat "$out/bench.log"
 for name in "${names[@]}"; do
+  if [ "$name" = service ]; then cat "$out/service.log"; fi
   [ "$name" != bench ] && tail -n 3 "$out/$name.log" | sed "s/^/$name: /"
 done
 if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -40; fi
