@@ -12,7 +12,7 @@ socket=$PWD/$out/dynsplitd.sock
 rm -rf "$out"
 mkdir -p "$out"
 
-"$build/server/dynsplitd" --listen "unix:$socket" --http-listen "" >"$out/server.log" 2>&1 &
+"$build/server/dynsplitd" --listen "" --unix-socket "$socket" --metrics-listen "" >"$out/server.log" 2>&1 &
 server=$!
 trap 'kill -TERM $server 2>/dev/null; wait $server 2>/dev/null || true' EXIT
 for _ in $(seq 100); do
@@ -21,10 +21,13 @@ for _ in $(seq 100); do
   sleep 0.1
 done
 
-for kind in prose code dialogue; do
-  "$build/client/cli/dynsplit" compress "tests/data/sample/$kind.safetensors" --target "unix:$socket" \
-    --preset dynsplit --out "$out/$kind.dskv" --plots "$out/$kind" --summary "$out/summary.json"
-done
+compress() {  # compress KIND: the real client; keeps container, plots and the summary's entry
+  "$build/client/cli/dynsplit" compress "tests/data/sample/$1.safetensors" --target "unix:$socket" --quiet \
+    --preset dynsplit --profile smollm2_table7 --output "$out/$1.dskv" --plots "$out/$1" --summary "$out/summary.json"
+}
+compress prose >/dev/null
+compress code >/dev/null
+compress dialogue
 echo
-echo "demo: figures in $out/summary.json, containers in $out/*.dskv (dynsplit inspect FILE), plots in:"
-find "$out" -name '*.png' | sort | sed 's/^/  /'
+echo "demo: figures in $out/summary.json, containers in $out/*.dskv (dynsplit inspect FILE),"
+echo "demo: text with its blocks and what was kept in $out/{prose,code,dialogue}/text.png"
