@@ -114,7 +114,7 @@ HWY_INLINE void DecodeElements(Decode decode, const std::byte* row, float scale,
   for (; c + lanes <= count; c += lanes) {
     hn::StoreU(hn::Mul(decode(hn::LoadU(dx, elements + c)), factor), d, out + c);
   }
-  if (c >= count) return;
+  if (hn::MaxLanes(d) == 1 || c >= count) return;  // one lane leaves no rest
   HWY_ALIGN Element rest[hn::MaxLanes(dx)] = {};
   HWY_ALIGN float decoded[hn::MaxLanes(d)];
   std::memcpy(rest, elements + c, static_cast<size_t>(count - c) * sizeof(Element));
@@ -265,7 +265,7 @@ HWY_INLINE void EncodeElements(Encode encode, const float* values, float scale, 
   for (; c + lanes <= count; c += lanes) {
     hn::StoreU(convert(hn::LoadU(d, values + c)), dx, elements + c);
   }
-  if (c >= count) return;
+  if (hn::MaxLanes(d) == 1 || c >= count) return;  // one lane leaves no rest
   HWY_ALIGN float rest[hn::MaxLanes(d)] = {};
   HWY_ALIGN Element encoded[hn::MaxLanes(dx)];
   std::memcpy(rest, values + c, static_cast<size_t>(count - c) * sizeof(float));
