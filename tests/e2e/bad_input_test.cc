@@ -103,7 +103,8 @@ void MakeQuantized(Script& script, float scale) {
     Tensor scales = MakeTensor(v1::TENSOR_KIND_KEY_SCALES, layer, v1::DTYPE_FLOAT32, 8);
     scales.descriptor.set_scale_granularity(v1::SCALE_GRANULARITY_HEAD);
     scales.descriptor.set_id(800 + static_cast<uint32_t>(layer));
-    // Only layer 0 goes wrong: layers are worked on side by side, and either could be first to say so.
+    // Only layer 0 goes wrong: layers are worked on side by side, and either could be first to say
+    // so.
     const float value = layer == 0 ? scale : 1;
     std::memcpy(&scales.bytes[0], &value, 4);
     std::memcpy(&scales.bytes[4], &value, 4);

@@ -64,8 +64,12 @@ class BinaryTest : public testing::Test {
     return false;
   }
   std::vector<std::string> ServeArguments() const {
-    return {"--listen=127.0.0.1:0", "--metrics-listen=127.0.0.1:0", "--unix-socket=" + socket_,
-            "--backend=cpu", "--threads=2", "--default-profile=smollm2_table7"};
+    return {"--listen=127.0.0.1:0",
+            "--metrics-listen=127.0.0.1:0",
+            "--unix-socket=" + socket_,
+            "--backend=cpu",
+            "--threads=2",
+            "--default-profile=smollm2_table7"};
   }
 
   std::string directory_;
