@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -11,6 +12,8 @@
 #include "client/cpp/safetensors.h"
 #include "dynsplit/v1/compression.pb.h"
 #include "proto/wire/crc32c.h"
+#include "server/runtime/config.h"
+#include "tests/fuzz/begin_seeds.h"
 
 namespace {
 
@@ -96,6 +99,35 @@ absl::Status WriteCaptures(const std::string& folder) {
   return dynsplit::WriteSafetensors(folder + "/empty", {}, {});
 }
 
+absl::Status WriteBegins(const std::string& folder) {
+  const auto seeds = dynsplit::BeginSeeds();
+  if (!seeds.ok()) return seeds.status();
+  for (const dynsplit::BeginSeed& seed : *seeds) {
+    Write(folder + "/" + seed.name,
+          static_cast<char>(seed.method) + seed.begin.SerializeAsString());
+  }
+  return absl::OkStatus();
+}
+
+// The leading byte tells profiles (even) from configurations (odd).
+void WriteProfiles(const std::string& folder) {
+  Write(folder + "/profile", std::string(1, '\0') +
+                                 "# a comment\n"
+                                 "token_id,text_escaped,weight,occurrences,sentence_end\n"
+                                 "28725,\\x2c,0.6,,0\r\n"
+                                 "30,.\\n,1.0,12,1\n"
+                                 "2147483647,\\\\,1e-3,0,true\n");
+  Write(folder + "/least", std::string(1, '\0') + "weight,token_id\n1,0\n");
+  std::string config(1, '\1');
+  for (const dynsplit::ConfigOption& option : dynsplit::ConfigOptions()) {
+    config += std::string(option.name) + " = " + option.get({}) + "\n";
+  }
+  Write(folder + "/defaults", config);
+  Write(folder + "/units",
+        "\1# a comment\nqueue-timeout=250ms # another\nmax-request-bytes = 512MiB\n"
+        "drain-timeout = 1.5\nreflection = no\n");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -104,12 +136,14 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string folder = argv[1];
-  for (const char* name : {"frame", "container", "safetensors"}) {
+  for (const char* name : {"frame", "container", "safetensors", "begin", "profile"}) {
     std::filesystem::create_directories(folder + "/" + name);
   }
   WriteFrames(folder + "/frame");
   absl::Status status = WriteContainers(folder + "/container");
   status.Update(WriteCaptures(folder + "/safetensors"));
+  status.Update(WriteBegins(folder + "/begin"));
+  WriteProfiles(folder + "/profile");
   if (status.ok()) return 0;
   std::cerr << status << "\n";
   return 1;

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// First byte: the method. The rest: a Begin, as any caller may claim it. What the server accepts
+// must hold together; what it refuses must be the caller's fault.
+#include <cstdint>
+#include <cstdlib>
+
+#include "dynsplit/v1/compression.pb.h"
+#include "server/pipeline/plan.h"
+#include "server/rpc/begin_adapter.h"
+#include "server/rpc/policy_adapter.h"
+#include "server/rpc/result_adapter.h"
+#include "server/runtime/layer_work.h"
+
+namespace {
+
+using dynsplit::Method;
+using dynsplit::RequestSpec;
+using dynsplit::RequestTensor;
+using dynsplit::TensorKind;
+
+constexpr int64_t kMaxTensorBytes = int64_t{1} << 40;
+
+void Check(bool condition) {
+  if (!condition) std::abort();
+}
+
+const dynsplit::ProfileStore& Profiles() {
+  static const auto& store =
+      *new auto(dynsplit::ProfileStore::Create({.default_name = "smollm2", .directory = ""}));
+  Check(store.ok());
+  return **store;
+}
+
+bool IsCallersFault(const absl::Status& status) {
+  switch (status.code()) {
+    case absl::StatusCode::kInvalidArgument:
+    case absl::StatusCode::kFailedPrecondition:
+    case absl::StatusCode::kNotFound:
+    case absl::StatusCode::kUnimplemented:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The last byte that the layout addresses is the last of the tensor; in 128 bits, which do not
+// overflow.
+void CheckExtent(const RequestTensor& tensor) {
+  const dynsplit::TensorView& view = tensor.view;
+  if (view.num_heads == 0) return;  // no layout of its own
+  const bool paged = view.page_size > 0;
+  const __int128 slots = paged ? view.page_size : view.num_tokens;
+  const __int128 pages = paged ? tensor.num_pool_pages : 1;
+  if (paged) Check(pages * slots >= view.num_tokens);
+  const __int128 end = (pages - 1) * view.page_stride_bytes +
+                       (slots - 1) * view.token_stride_bytes +
+                       __int128{view.num_heads - 1} * view.head_stride_bytes +
+                       __int128{view.head_dim} * DTypeBytes(view.dtype) + tensor.value_offset_bytes;
+  Check(end == tensor.byte_size);
+}
+
+void CheckAccepted(const RequestSpec& spec, const dynsplit::v1::Begin& begin) {
+  const dynsplit::SequenceShape& shape = spec.sequence.shape;
+  Check(static_cast<int>(spec.tensors.size()) == begin.tensors_size());
+  for (const RequestTensor& tensor : spec.tensors) {
+    Check(tensor.byte_size >= 1 && tensor.byte_size <= kMaxTensorBytes);
+    Check(tensor.layer >= RequestTensor::kWholeSequence && tensor.layer < shape.num_layers);
+    CheckExtent(tensor);
+  }
+  Check(spec.max_open_layers >= 1 && spec.max_open_layers <= shape.num_layers);
+  Check(spec.plan.has_value() == (spec.method == Method::kApply));
+  for (const bool device_has_own_memory : {false, true}) {
+    Check(ReservationBytes(spec, device_has_own_memory) > 0);
+  }
+  // `accepted` echoes the policy: sent again, it must mean the same.
+  const auto echoed =
+      dynsplit::rpc::PolicyFromProto(dynsplit::rpc::PolicyToProto(spec.sequence.policy), "policy");
+  Check(echoed.ok());
+  Check(CanonicalPolicy(*echoed) == CanonicalPolicy(spec.sequence.policy));
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  if (size == 0) return 0;
+  static const google::protobuf::LogSilencer silencer;  // of strings that are not UTF-8
+  dynsplit::v1::Begin begin;
+  if (!begin.ParseFromArray(data + 1, static_cast<int>(size - 1))) return 0;
+  const auto method = static_cast<Method>(data[0] % 4);
+  const auto spec = dynsplit::rpc::SpecFromBegin(begin, method, Profiles(), {}, "fallback");
+  if (spec.ok()) {
+    CheckAccepted(*spec, begin);
+    return 0;
+  }
+  Check(IsCallersFault(spec.status()));
+  Check(!dynsplit::rpc::ErrorToGrpc(spec.status()).ok());
+  return 0;
+}

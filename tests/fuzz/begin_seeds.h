@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "dynsplit/v1/compression.pb.h"
+#include "server/runtime/request_spec.h"
+
+namespace dynsplit {
+
+struct BeginSeed {
+  std::string name;
+  Method method;
+  v1::Begin begin;
+};
+
+// Some of every method and every kind of tensor. Each is one that the server accepts; an error
+// where it does not.
+absl::StatusOr<std::vector<BeginSeed>> BeginSeeds();
+
+}  // namespace dynsplit
