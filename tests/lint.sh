@@ -18,23 +18,12 @@ cmake --preset asan >build/configure-lint.log 2>&1 || { tail -n 20 build/configu
 cmake --build build/asan --target dynsplit_proto -j "$(nproc)" >build/build-lint.log 2>&1 ||
   { tail -n 20 build/build-lint.log >&2; exit 1; }
 
-# tidy FILE... : one process a file, as many as cores; further compiler flags in TIDY_FLAGS.
-tidy() {
-  printf '%s\n' "$@" |
-    xargs -P "$(nproc)" -I{} clang-tidy-14 --quiet {} "${TIDY_FLAGS[@]}" >build/clang-tidy.log 2>build/clang-tidy.err && return
-  grep -E ' (error|warning): ' build/clang-tidy.log | sort -u | head -n 40 >&2 || tail -n 20 build/clang-tidy.err >&2
-  exit 1
-}
-TIDY_FLAGS=(-p build/asan)
-tidy "${units[@]}"
-echo "lint: clang-tidy ok (${#units[@]} files)"
+tests/tidy.py build/asan "${units[@]}"
 # The host side of cuda/ has no entry among the asan build's commands (that build has no CUDA): it needs the
 # toolkit's headers only. Kernels (.cu) are nvcc's, with all its warnings as errors.
 toolkit=${CUDA_HOME:-/usr/local/cuda}/include
 if [[ -e $toolkit/cuda_runtime_api.h ]]; then
-  TIDY_FLAGS=(-- -x c++ -std=c++20 -I. -isystem "$toolkit")
-  tidy "${cuda_units[@]}"
-  echo "lint: clang-tidy ok (${#cuda_units[@]} files of cuda/)"
+  tests/tidy.py --flags "-x c++ -std=c++20 -I. -isystem $toolkit" "${cuda_units[@]}"
 else
   echo "lint: no CUDA headers in $toolkit: ${#cuda_units[@]} files of cuda/ not analysed"
 fi
