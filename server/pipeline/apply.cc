@@ -73,13 +73,14 @@ absl::Status Summarize(const SequenceContext& context, const TensorView& keys, L
     if (!buffer.ok()) return buffer.status();
     *summary = *std::move(buffer);
   }
-  const SummarizeBlocksParams params = {.keys = keys,
-                                        .block_starts = context.block_starts.as<int32_t>(),
-                                        .num_blocks = context.segmentation.num_blocks(),
-                                        .out_dtype = pages.summary_dtype,
-                                        .min = pages.block_min.data(),
-                                        .max = pages.block_max.data(),
-                                        .mean = pages.block_mean.data()};
+  const SummarizeBlocksParams params = {
+      .keys = keys,
+      .block_starts = context.block_starts.as<int32_t>(),
+      .first_block = 0,
+      .num_blocks = context.segmentation.num_blocks(),
+      .summaries =
+          DenseSummaries(pages.summary_dtype, shape.num_kv_heads, shape.head_dim,
+                         pages.block_min.data(), pages.block_max.data(), pages.block_mean.data())};
   return backend.SummarizeBlocks(params, stream);
 }
 

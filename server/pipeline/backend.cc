@@ -16,4 +16,17 @@ DType OutputDType(DType source, EncodingPolicy::Format format, bool rotated) {
   return rotated && IsQuantized(source) ? DType::kBFloat16 : source;
 }
 
+BlockSummaries DenseSummaries(DType dtype, int32_t num_kv_heads, int32_t head_dim, void* min,
+                              void* max, void* mean) {
+  const int64_t row_bytes = head_dim * DTypeBytes(dtype);
+  BlockSummaries summaries;
+  summaries.dtype = dtype;
+  summaries.min = static_cast<std::byte*>(min);
+  summaries.max = static_cast<std::byte*>(max);
+  summaries.mean = static_cast<std::byte*>(mean);
+  summaries.block_stride_bytes = num_kv_heads * row_bytes;
+  summaries.head_stride_bytes = row_bytes;
+  return summaries;
+}
+
 }  // namespace dynsplit

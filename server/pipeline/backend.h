@@ -23,7 +23,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/functional/any_invocable.h"
@@ -87,7 +89,11 @@ struct BackendInfo {
   std::string name;    // "cpu" or "cuda"
   std::string device;  // "NVIDIA H100 80GB HBM3", or the processor's vector target and threads
   int64_t memory_bytes = 0;
+  std::string uuid;  // of the device, 16 bytes; empty for the CPU
 };
+
+// Where long-lived memory lies.
+enum class Residence : uint8_t { kDevice, kHost };
 
 // Attention of the last W queries over all keys (SnapKV's score).
 //   p[i,a,:]    = softmax over keys t <= T-W+i of scale * q[i,a].k[h(a),t]      h(a) = a / G
@@ -139,36 +145,126 @@ struct ReduceBlocksParams {
   float* block_scores = nullptr;  // out [rows, B]
 };
 
+// Summaries of the blocks of one layer, for all KV heads: row j of head h starts
+// j * block_stride_bytes + h * head_stride_bytes behind each pointer and holds D elements.
+// kFloat8E4M3: value = code * scale, with one scale for min and max, and one for mean, at index
+// h * scale_head_stride + j. Each scale is the smallest power of two s >= 2^-120 with
+// amax <= 448 * s (amax over what shares the scale; 1 where amax is 0), so that scaling is exact.
+struct BlockSummaries {
+  DType dtype = DType::kFloat32;  // a float type or kFloat8E4M3
+  std::byte* min = nullptr;       // both or neither
+  std::byte* max = nullptr;
+  std::byte* mean = nullptr;
+  int64_t block_stride_bytes = 0;
+  int64_t head_stride_bytes = 0;
+  float* bound_scales = nullptr;  // kFloat8E4M3 only
+  float* mean_scales = nullptr;
+  int64_t scale_head_stride = 0;  // elements
+};
+// Row-major [B, Hkv, D] of a float type; null pointers = absent.
+BlockSummaries DenseSummaries(DType dtype, int32_t num_kv_heads, int32_t head_dim, void* min,
+                              void* max, void* mean);
+
 // Fixed-size representation of unequal blocks (V2F step a): element-wise min and max, or mean, of
-// the block's keys. Min and max are exact in a float input's type; out_dtype float32 is required
-// for quantised input; zeros come out as +0. Means are sums in token order over the length,
-// rounded to nearest even.
+// the block's keys. Min and max are exact in a float input's type; summaries of quantised input
+// are float32, bfloat16 or e4m3. Where the output type is narrower than the decoded keys, minima
+// are rounded down and maxima up, so that they still bound the keys. Zeros come out as +0. Means
+// are sums in token order over the length in fp32, rounded to nearest even.
+// Requires: the keys' type, float32, bfloat16 or kFloat8E4M3 as output.
 struct SummarizeBlocksParams {
   TensorView keys;                        // [T, Hkv, D]
   const int32_t* block_starts = nullptr;  // [B + 1]
+  int64_t first_block = 0;                // blocks [first_block, num_blocks) are written
   int64_t num_blocks = 0;
-  DType out_dtype = DType::kFloat32;  // the keys' dtype or float32
-  void* min = nullptr;                // out [B, Hkv, D]; null together with max = not wanted
-  void* max = nullptr;
-  void* mean = nullptr;  // out [B, Hkv, D]; null = not wanted
+  BlockSummaries summaries;  // out
 };
 
-// Block scores from summaries (V2F step b).
+// Block scores from summaries (V2F step b), for several layers of several sequences at once.
 //   raw[i,a,j]  = sum_c max(q_c * max_jc, q_c * min_jc)   (upper bound of q.k over the block), or
-//   q.mean_j p[i,a,:]    = softmax over blocks of scale * raw, each weighted by its length s[h,j]
-//   = sum over the group's heads of mean over i of p[i,a,j] / length_j
+//                 q.mean_j
+//   p[i,a,:]    = softmax over blocks of scale * raw, each weighted by its length
+//   s[h,j]      = sum over the group's heads of mean over i of p[i,a,j] / length_j
 // (divided by the length again, so that a block ranks by what one of its tokens is worth).
-struct ScoreBlocksParams {
-  TensorView queries;                     // [W, Hq, D]
+struct ScoreBlocksItem {
+  TensorView queries;                     // [W, Hq, D], a float type
+  BlockSummaries summaries;               // min and max: bound variant, else mean
   const int32_t* block_starts = nullptr;  // [B + 1]
   int64_t num_blocks = 0;
-  int32_t num_kv_heads = 0;
-  DType dtype = DType::kFloat32;  // of the summaries
-  const void* min = nullptr;      // [B, Hkv, D]; bound variant
-  const void* max = nullptr;
-  const void* mean = nullptr;  // [B, Hkv, D]; mean variant (min and max null)
-  float softmax_scale = 0;
   float* block_scores = nullptr;  // out [Hkv, B]
+};
+// Requires: all items have equal types, head counts, D, W, strides and variant.
+struct ScoreBlocksParams {
+  std::span<const ScoreBlocksItem> items;  // host
+  int32_t num_kv_heads = 0;
+  float softmax_scale = 0;
+};
+
+// Block ranks -> tokens of a decode step (V2F step c), for several layers and sequences at once:
+// all tokens of [0, prefix_end) and [suffix_begin, T), then the other tokens of blocks in order
+// (score desc, block asc) until num_selected; the last block gives its leading ones. What
+// SelectTokens does in exact mode without token scores, where what is protected is a head and a
+// tail.
+struct SelectBlocksItem {
+  const float* block_scores = nullptr;    // [groups, B]
+  const int32_t* block_starts = nullptr;  // [B + 1]
+  int64_t num_blocks = 0;
+  int64_t num_tokens = 0;     // T
+  int64_t prefix_end = 0;     // 0 <= prefix_end <= suffix_begin <= T
+  int64_t suffix_begin = 0;   // prefix_end + T - suffix_begin <= num_selected
+  int64_t num_selected = 0;   // <= T
+  int32_t* tokens = nullptr;  // out [groups, num_selected], ascending per group
+};
+struct SelectBlocksParams {
+  std::span<const SelectBlocksItem> items;  // host
+  int32_t groups = 0;
+};
+
+// Attention of one query a head over chosen rows, for several layers and sequences at once; what an
+// engine does with a selection.
+//   o[a] = softmax over r of (scale * q[a].k[h(a),r]) . v[h(a),r],  r over tokens[g(h), :] of keys
+//   and values and over all of tail_keys and tail_values;  lse[a] = log sum exp of the logits
+//   (natural)
+struct AttendTokensItem {
+  TensorView queries;  // [1, Hq, D]
+  TensorView keys;     // [T, Hkv, D]
+  TensorView values;
+  const int32_t* tokens = nullptr;  // [groups, num_tokens] or null: rows 0 .. num_tokens - 1
+  int64_t num_tokens = 0;           // rows read of keys and values, >= 0
+  TensorView tail_keys;             // [M, Hkv, D], M >= 0; types of keys and values
+  TensorView tail_values;
+  void* output = nullptr;  // out [Hq, D], the queries' type
+  float* lse = nullptr;    // out [Hq]; null = not wanted
+};
+// Requires: all items have equal types, head counts and D, and at least one row.
+struct AttendTokensParams {
+  std::span<const AttendTokensItem> items;  // host
+  int32_t groups = 1;                       // of tokens: 1 or Hkv
+  float softmax_scale = 0;
+};
+
+// The reuse pipeline: slots that hold the rows of one step are brought to those of the next, for
+// several layers and sequences at once. Per KV head h: slots whose token is still wanted are left
+// alone; the others, in ascending order, take the wanted tokens that no slot holds, in ascending
+// order. Rows move bit for bit, with their scales.
+struct RefreshRowsItem {
+  TensorView keys;                  // [T, Hkv, D]
+  TensorView values;                // [T, Hkv, D]
+  const int32_t* wanted = nullptr;  // [groups, num_rows], ascending per group
+  int32_t* held = nullptr;          // in, out [Hkv, num_rows]: token of each slot, -1 = none
+  int32_t* moved_slots = nullptr;   // out [Hkv, num_rows]: slots that changed, ascending; null = no
+  int32_t* num_moved = nullptr;     // out [Hkv]
+  // out [Hkv, num_rows, D] in the types of keys and values; null = only slots are kept up to date
+  std::byte* key_rows = nullptr;
+  std::byte* value_rows = nullptr;
+  float* key_scales = nullptr;  // out [Hkv, num_rows]; null unless quantised
+  float* value_scales = nullptr;
+};
+// Requires: all items have equal types, head counts, D and num_rows; held tokens per head distinct
+// (but for -1) and in [0, T).
+struct RefreshRowsParams {
+  std::span<const RefreshRowsItem> items;  // host
+  int32_t groups = 1;                      // of wanted: 1 or Hkv
+  int64_t num_rows = 0;
 };
 
 // Block ranks -> kept tokens (V2F step c).
@@ -206,23 +302,28 @@ struct RotationTable {
 };
 
 // Kept rows -> uniform pages, encoded, optionally re-rotated.
-// Slot s of head h takes token kept[g(h), s], g(h) = h if groups == heads else 0. Slots >= num_kept
-// of the last page are zero bytes (scale 1). Rotation turns the key of original position p to
-// position s (by -(p - s)), in fp32 with separate multiply and add roundings, then rounds to the
-// output type. Encoding as the Encoding message says; an all-zero scale group has scale 1. As-is
-// copies bits, and gathers scales of quantised input.
+// Slot s of head h takes token kept[g(h), s], g(h) = h if groups == heads else 0, or token s where
+// kept is null. Slots >= num_kept of the last page are zero bytes (scale 1). Rotation turns the key
+// of original position p to position s (by -(p - s)), in fp32 with separate multiply and add
+// roundings, then rounds to the output type. Encoding as the Encoding message says; an all-zero
+// scale group has scale 1. As-is copies bits, and gathers scales of quantised input.
 struct GatherPagesParams {
   TensorView source;              // [T, Hkv, D]
-  const int32_t* kept = nullptr;  // [groups, num_kept]
+  const int32_t* kept = nullptr;  // [groups, num_kept]; null = all in order, num_kept of them
   int32_t groups = 1;
   int64_t num_kept = 0;
-  int32_t page_size = 16;
+  int32_t page_size = 16;  // 1 = rows without padding
   EncodingPolicy::Format format = EncodingPolicy::Format::kAsIs;
   ScaleGranularity scale_granularity = ScaleGranularity::kHead;
   DType out_dtype = DType::kBFloat16;  // OutputDType(source.dtype, format, rotated)
   RotationTable rotation;
   void* pages = nullptr;    // out [num_pages, page_size, Hkv, D]
   float* scales = nullptr;  // out [Hkv] or [num_pages, page_size, Hkv]; null for unquantised output
+  // Where slots lie instead of densely: slot s of head h at pages + s * slot_stride_bytes +
+  // h * head_stride_bytes, its scale (kTokenHead) at scales[s + h * scale_head_stride]. 0 = dense.
+  int64_t slot_stride_bytes = 0;
+  int64_t head_stride_bytes = 0;
+  int64_t scale_head_stride = 0;  // elements
 };
 // kAsIs: source's type, but bfloat16 for rotated quantised input.
 DType OutputDType(DType source, EncodingPolicy::Format format, bool rotated);
@@ -288,6 +389,24 @@ class Backend {
   virtual absl::StatusOr<Buffer> ToDevice(const Buffer& host, Stream& stream) = 0;
   // Host copy of device memory (complete after Synchronize); on the CPU the same memory, moved.
   virtual absl::StatusOr<Buffer> ToHost(Buffer device, Stream& stream) = 0;
+  // Long-lived memory of exactly this size, 256-byte aligned, that operations read and write
+  // wherever it lies (kHost is pinned). Takes milliseconds, and giving it back may wait for the
+  // device. RESOURCE_EXHAUSTED beyond the caps that Allocate and AllocateHost have, too.
+  virtual absl::StatusOr<Buffer> AllocateResident(int64_t size_bytes, Residence residence) = 0;
+  // Names an AllocateResident(kDevice) buffer to other processes (cudaIpcMemHandle_t, 64 bytes).
+  // UNIMPLEMENTED on the CPU.
+  virtual absl::StatusOr<std::string> ExportHandle(const Buffer& buffer) = 0;
+  // Maps `size_bytes` of another process's device memory from `offset_bytes` behind the base of the
+  // allocation that `handle` names. The same allocation may be imported more than once.
+  // INVALID_ARGUMENT for what is no handle of this device or smaller, UNIMPLEMENTED on the CPU.
+  virtual absl::StatusOr<Buffer> ImportHandle(std::string_view handle, int64_t offset_bytes,
+                                              int64_t size_bytes) = 0;
+  // Makes mapped host memory readable and writable by operations at full rate. The result's data()
+  // is what operations take; it must go before the memory does.
+  virtual absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size_bytes) = 0;
+  // Copies between any two of: device, resident, pinned and registered memory.
+  virtual absl::Status Copy(std::byte* to, const std::byte* from, int64_t size_bytes,
+                            Stream& stream) = 0;
   // Bytes of device and pinned host memory in use by live buffers.
   virtual int64_t device_bytes_in_use() const = 0;
   virtual int64_t host_bytes_in_use() const = 0;
@@ -303,6 +422,9 @@ class Backend {
   virtual absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& stream) = 0;
   virtual absl::Status MeasureSpans(const MeasureSpansParams& params, Stream& stream) = 0;
   virtual absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) = 0;
+  virtual absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) = 0;
+  virtual absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) = 0;
+  virtual absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) = 0;
 };
 
 }  // namespace dynsplit

@@ -61,7 +61,7 @@ std::vector<Preset> MakePresets() {
        "kept by rank, the last one cut so that all heads keep equal counts.",
        "segmentation and uniform mapping of arXiv 2602.03184 section 4; eviction is ours",
        "dynsplit_keys"},
-      {AsIndex(Row("dynsplit_index", Segment::kDynamic, Score::kBlockBound, Scope::kLayer)),
+      {AsIndex(Row("dynsplit_index", Segment::kDynamic, Score::kBlockBound, Scope::kLayerHead)),
        "Keeps all tokens and adds key bounds (min, max) of dynamic delimiter blocks, for selection "
        "at each decode step.",
        "arXiv 2602.03184 sections 4.1 and 4.2", ""},
@@ -102,7 +102,8 @@ std::vector<Preset> MakePresets() {
       {Protecting(Row("keydiff", Segment::kNone, Score::kKeyDifference, Scope::kLayerHead), 0, 0),
        "Tokens whose keys point furthest from the mean direction, per KV head.",
        "arXiv 2504.15364, as in kvpress", "streamingllm"},
-      {WithBlocks(AsIndex(Row("quest", Segment::kFixed, Score::kBlockBound, Scope::kLayer)), 16),
+      {WithBlocks(AsIndex(Row("quest", Segment::kFixed, Score::kBlockBound, Scope::kLayerHead)),
+                  16),
        "Keeps all tokens and adds key bounds (min, max) of blocks of 16, for selection at each "
        "decode step.",
        "arXiv 2406.10774", ""},

@@ -198,6 +198,11 @@ class LayerScorer {
     Buffer min, max, mean;  // the first two, or the last
   };
 
+  BlockSummaries View(const Summaries& summaries) const {
+    return DenseSummaries(summaries.dtype, num_kv_heads(), spec_.shape.head_dim,
+                          summaries.min.data(), summaries.max.data(), summaries.mean.data());
+  }
+
   // Bounds are exact in the keys' own type; a mean would be rounded there, so it is kept in float.
   absl::StatusOr<Summaries> Summarize() {
     const bool mean = policy_.method == Method::kBlockMeanKey;
@@ -214,11 +219,9 @@ class LayerScorer {
     }
     const SummarizeBlocksParams params = {.keys = tensors_.keys,
                                           .block_starts = context_.block_starts.as<int32_t>(),
+                                          .first_block = 0,
                                           .num_blocks = num_blocks(),
-                                          .out_dtype = summaries.dtype,
-                                          .min = summaries.min.data(),
-                                          .max = summaries.max.data(),
-                                          .mean = summaries.mean.data()};
+                                          .summaries = View(summaries)};
     if (auto status = backend_.SummarizeBlocks(params, stream_); !status.ok()) return status;
     return summaries;
   }
@@ -230,17 +233,13 @@ class LayerScorer {
     absl::StatusOr<Buffer> head_scores =
         AllocateFloats(num_kv_heads() * num_blocks(), backend_, stream_);
     if (!head_scores.ok()) return head_scores.status();
+    const ScoreBlocksItem item = {.queries = LastRows(tensors_.queries, NumScoringQueries(spec_)),
+                                  .summaries = View(*summaries),
+                                  .block_starts = context_.block_starts.as<int32_t>(),
+                                  .num_blocks = num_blocks(),
+                                  .block_scores = head_scores->as<float>()};
     const ScoreBlocksParams params = {
-        .queries = LastRows(tensors_.queries, NumScoringQueries(spec_)),
-        .block_starts = context_.block_starts.as<int32_t>(),
-        .num_blocks = num_blocks(),
-        .num_kv_heads = num_kv_heads(),
-        .dtype = summaries->dtype,
-        .min = summaries->min.data(),
-        .max = summaries->max.data(),
-        .mean = summaries->mean.data(),
-        .softmax_scale = SoftmaxScale(spec_),
-        .block_scores = head_scores->as<float>()};
+        .items = {&item, 1}, .num_kv_heads = num_kv_heads(), .softmax_scale = SoftmaxScale(spec_)};
     if (auto status = backend_.ScoreBlocks(params, stream_); !status.ok()) return status;
     absl::StatusOr<Buffer> block_scores = ToGroups(*std::move(head_scores), num_blocks());
     if (!block_scores.ok()) return block_scores.status();

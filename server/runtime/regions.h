@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Memory that clients share with the server on one host: POSIX shared memory and CUDA allocations
+// of other processes. Mapped (and pinned) once when registered, never per request; bounds are
+// checked against the real object. A region is used by whoever can name it and its generation,
+// which is random and returned only to who registered it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "server/pipeline/backend.h"
+
+namespace dynsplit {
+
+// Immutable. Unmaps when the last user lets go.
+class Region {
+ public:
+  enum class Kind : uint8_t { kHost, kDevice };
+
+  Region(Kind kind, std::byte* data, int64_t size_bytes, bool writable, std::function<void()> unmap)
+      : kind_(kind),
+        data_(data),
+        size_bytes_(size_bytes),
+        writable_(writable),
+        unmap_(std::move(unmap)) {}
+  ~Region() {
+    if (unmap_) unmap_();
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+
+  Kind kind() const { return kind_; }
+  // What operations take, wherever it lies.
+  std::byte* data() const { return data_; }
+  int64_t size_bytes() const { return size_bytes_; }
+  bool writable() const { return writable_; }
+
+ private:
+  const Kind kind_;
+  std::byte* const data_;
+  const int64_t size_bytes_;
+  const bool writable_;
+  const std::function<void()> unmap_;
+};
+
+// A part of a region in use by a request; keeps it mapped.
+struct RegionPart {
+  std::shared_ptr<const Region> region;
+  std::byte* data = nullptr;
+};
+
+// Thread-safe.
+class RegionStore {
+ public:
+  struct Options {
+    bool allow_shm = false;
+    bool allow_cuda_ipc = false;
+    int32_t max_regions = 256;
+    int64_t max_bytes = int64_t{1} << 40;
+    std::function<absl::Time()> now = absl::Now;
+  };
+  struct Registration {
+    std::string name;
+    int64_t byte_size = 0;
+    bool writable = false;
+    absl::Duration lease = absl::Seconds(600);
+    std::string shm_key;      // POSIX shared memory, without '/'; or
+    std::string ipc_handle;   // cudaIpcMemHandle_t
+    std::string device_uuid;  // CUDA only
+    int64_t offset_bytes = 0;
+  };
+  struct Info {
+    std::string name;
+    uint64_t generation = 0;
+    int64_t byte_size = 0;
+    bool writable = false;
+    absl::Duration lease_left;
+    int32_t num_users = 0;
+  };
+
+  RegionStore(Options options, Backend& backend);
+  ~RegionStore();
+  RegionStore(const RegionStore&) = delete;
+  RegionStore& operator=(const RegionStore&) = delete;
+
+  // The same object under the same name again renews the lease. Field paths in errors are those of
+  // RegisterRegionRequest.
+  absl::StatusOr<Info> Register(const Registration& registration);
+  absl::Status Unregister(std::string_view name, uint64_t generation);  // 0 = any
+  std::vector<Info> List() const;
+  // NOT_FOUND for another generation, too. INVALID_ARGUMENT under `field` for bounds; with
+  // `writable`, for regions registered without.
+  absl::StatusOr<RegionPart> Find(std::string_view name, uint64_t generation, int64_t offset_bytes,
+                                  int64_t size_bytes, bool writable,
+                                  const std::string& field) const;
+  // Drops regions whose lease is over.
+  void Sweep();
+  bool enabled() const { return options_.allow_shm || options_.allow_cuda_ipc; }
+
+ private:
+  struct Entry {
+    Registration registration;
+    uint64_t generation = 0;
+    absl::Time expiry;
+    std::shared_ptr<const Region> region;
+  };
+  absl::StatusOr<std::shared_ptr<const Region>> MapShm(const Registration& registration);
+  absl::StatusOr<std::shared_ptr<const Region>> MapCuda(const Registration& registration);
+
+  const Options options_;
+  Backend& backend_;
+  mutable absl::Mutex mu_;
+  std::map<std::string, Entry, std::less<>> entries_ ABSL_GUARDED_BY(mu_);
+};
+
+}  // namespace dynsplit
