@@ -155,6 +155,15 @@ class CudaBackend : public Backend {
   absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) override {
     return Run(kernels::CheckFinite, params, stream);
   }
+  absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) override {
+    return Run(kernels::SelectBlocks, params, stream);
+  }
+  absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) override {
+    return Run(kernels::AttendTokens, params, stream);
+  }
+  absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) override {
+    return Run(kernels::RefreshRows, params, stream);
+  }
 
  private:
   // Makes the device current for this thread; refuses once it is faulty.

@@ -40,5 +40,8 @@ absl::Status GatherPages(const GatherPagesParams& params, const Launch& launch);
 absl::Status MeasureAttention(const MeasureAttentionParams& params, const Launch& launch);
 absl::Status MeasureSpans(const MeasureSpansParams& params, const Launch& launch);
 absl::Status CheckFinite(const CheckFiniteParams& params, const Launch& launch);
+absl::Status SelectBlocks(const SelectBlocksParams& params, const Launch& launch);
+absl::Status AttendTokens(const AttendTokensParams& params, const Launch& launch);
+absl::Status RefreshRows(const RefreshRowsParams& params, const Launch& launch);
 
 }  // namespace dynsplit::kernels

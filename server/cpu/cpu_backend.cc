@@ -91,6 +91,15 @@ class CpuBackend final : public Backend {
   absl::Status CheckFinite(const CheckFiniteParams& params, Stream& /*stream*/) override {
     return cpu::CheckFinite(params, workspace());
   }
+  absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& /*stream*/) override {
+    return cpu::SelectBlocks(params, workspace());
+  }
+  absl::Status AttendTokens(const AttendTokensParams& params, Stream& /*stream*/) override {
+    return cpu::AttendTokens(params, workspace());
+  }
+  absl::Status RefreshRows(const RefreshRowsParams& params, Stream& /*stream*/) override {
+    return cpu::RefreshRows(params, workspace());
+  }
 
  private:
   Workspace workspace() { return {threads_, *memory_}; }

@@ -37,5 +37,8 @@ absl::Status GatherPages(const GatherPagesParams& params, const Workspace& works
 absl::Status MeasureAttention(const MeasureAttentionParams& params, const Workspace& workspace);
 absl::Status MeasureSpans(const MeasureSpansParams& params, const Workspace& workspace);
 absl::Status CheckFinite(const CheckFiniteParams& params, const Workspace& workspace);
+absl::Status SelectBlocks(const SelectBlocksParams& params, const Workspace& workspace);
+absl::Status AttendTokens(const AttendTokensParams& params, const Workspace& workspace);
+absl::Status RefreshRows(const RefreshRowsParams& params, const Workspace& workspace);
 
 }  // namespace dynsplit::cpu
