@@ -182,8 +182,8 @@ void CheckBeyondTwoGibiElements(Backend& backend) {
                   .SummarizeBlocks({.keys = view,
                                     .block_starts = session.Upload(starts),
                                     .num_blocks = num_blocks,
-                                    .min = min.data(),
-                                    .max = max.data()},
+                                    .summaries = DenseSummaries(DType::kFloat32, kHeads, kDim,
+                                                                min.data(), max.data(), nullptr)},
                                    session.stream())
                   .ok());
   const std::vector<float> min_values = session.Read(std::move(min));

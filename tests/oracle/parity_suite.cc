@@ -33,12 +33,19 @@ struct NamedCheck {
 };
 
 constexpr NamedCheck kChecks[] = {
-    {"ScoreWindow", CheckScoreWindow},         {"ScoreKeys", CheckScoreKeys},
-    {"ReduceRows", CheckReduceRows},           {"ReduceBlocks", CheckReduceBlocks},
-    {"SummarizeBlocks", CheckSummarizeBlocks}, {"ScoreBlocks", CheckScoreBlocks},
-    {"SelectTokens", CheckSelectTokens},       {"SelectAdversarial", CheckSelectAdversarial},
-    {"GatherPages", CheckGatherPages},         {"MeasureAttention", CheckMeasureAttention},
-    {"MeasureSpans", CheckMeasureSpans},       {"CheckFinite", CheckCheckFinite},
+    {"ScoreWindow", CheckScoreWindow},
+    {"ScoreKeys", CheckScoreKeys},
+    {"ReduceRows", CheckReduceRows},
+    {"ReduceBlocks", CheckReduceBlocks},
+    {"SummarizeBlocks", CheckSummarizeBlocks},
+    {"BlockBound", CheckBlockBound},
+    {"ScoreBlocks", CheckScoreBlocks},
+    {"SelectTokens", CheckSelectTokens},
+    {"SelectAdversarial", CheckSelectAdversarial},
+    {"GatherPages", CheckGatherPages},
+    {"MeasureAttention", CheckMeasureAttention},
+    {"MeasureSpans", CheckMeasureSpans},
+    {"CheckFinite", CheckCheckFinite},
 };
 
 }  // namespace

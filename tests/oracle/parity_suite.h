@@ -30,6 +30,7 @@ void CheckScoreKeys(Backend& backend, const ParityShape& shape);
 void CheckReduceRows(Backend& backend, const ParityShape& shape);
 void CheckReduceBlocks(Backend& backend, const ParityShape& shape);
 void CheckSummarizeBlocks(Backend& backend, const ParityShape& shape);
+void CheckBlockBound(Backend& backend, const ParityShape& shape);
 void CheckScoreBlocks(Backend& backend, const ParityShape& shape);
 void CheckSelectTokens(Backend& backend, const ParityShape& shape);
 void CheckSelectAdversarial(Backend& backend, const ParityShape& shape);
