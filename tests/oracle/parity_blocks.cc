@@ -156,16 +156,9 @@ void CheckSummaries(Backend& backend, const SummaryCase& test, const HostSummari
   if (testing::Test::HasFatalFailure()) return;
   if (like.bounds) ExpectBoundsHold(test, first_block, out.actual);
   // All of memory: bounds, scales, rows of earlier blocks, and what lies between rows.
-  const auto same = [](const auto& actual, const auto& expected, const char* what) {
-    ASSERT_EQ(actual.size(), expected.size());
-    for (size_t i = 0; i < actual.size(); ++i) {
-      ASSERT_EQ(std::memcmp(&actual[i], &expected[i], sizeof(actual[i])), 0)
-          << what << " differ first at " << i;
-    }
-  };
-  same(out.actual.bytes, out.expected.bytes, "bytes");
-  same(out.actual.bound_scales, out.expected.bound_scales, "scales of bounds");
-  same(out.actual.mean_scales, out.expected.mean_scales, "scales of means");
+  ExpectSameBits(out.actual.bytes, out.expected.bytes, "bytes");
+  ExpectSameBits(out.actual.bound_scales, out.expected.bound_scales, "scales of bounds");
+  ExpectSameBits(out.actual.mean_scales, out.expected.mean_scales, "scales of means");
 }
 
 // Magnitudes from the smallest subnormal to 2^119 side by side.

@@ -30,6 +30,7 @@ std::vector<float> RandomScores(int64_t count, uint64_t seed) {
 }  // namespace
 
 void CheckScoreWindow(Backend& backend, const ParityShape& shape) {
+  if (shape.num_queries >= shape.num_tokens) GTEST_SKIP() << "no token before the window";
   const HostTensor keys = HostTensor::Cache(shape, 1);
   const HostTensor queries = HostTensor::Queries(shape, 2);
   const int64_t count = shape.num_kv_heads * shape.num_tokens;
