@@ -87,9 +87,11 @@ __device__ void MarkStaying(const DiffItem& item, const int32_t* wanted, const i
     atomicOr(&tokens[token / kBitsPerWord], 1U << token % kBitsPerWord);
   }
   __syncthreads();
+  int32_t next_token = thread < num_rows ? held[thread] : -1;
   for (int first = 0; first < num_rows; first += kDiffThreads) {
     const int slot = first + thread;
-    const int32_t token = slot < num_rows ? held[slot] : -1;
+    const int32_t token = next_token;
+    next_token = slot + kDiffThreads < num_rows ? held[slot + kDiffThreads] : -1;
     bool stays = false;
     if (token >= 0) {
       const uint32_t bit = 1U << static_cast<uint32_t>(token) % kBitsPerWord;
@@ -121,14 +123,15 @@ __global__ void __launch_bounds__(kDiffThreads)
   MarkStaying(item, wanted, held, num_rows, tokens, staying);
 
   int2 counts = make_int2(0, 0);  // free slots, tokens to come
+  int32_t next_token = thread < num_rows ? wanted[thread] : 0;
   for (int first = 0; first < num_rows; first += kDiffThreads) {
     const int i = first + thread;
     bool is_free = false;
     bool comes = false;
-    int32_t token = 0;
+    const int32_t token = next_token;
+    next_token = i + kDiffThreads < num_rows ? wanted[i + kDiffThreads] : 0;
     if (i < num_rows) {
       is_free = (staying[i / kBitsPerWord] >> i % kBitsPerWord & 1U) == 0;
-      token = wanted[i];
       const auto bit = static_cast<uint32_t>(token);
       comes = (tokens[bit / kBitsPerWord] >> bit % kBitsPerWord & 1U) != 0;
     }
@@ -153,6 +156,7 @@ struct CopySide {
   TensorView source;
   std::byte* rows;  // null = not wanted
   float* scales;
+  uint32_t row_bytes;
 };
 
 struct CopyItem {
@@ -180,8 +184,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   if (side.rows == nullptr) return;
   const TensorView& source = side.source;
   const int64_t num_moved = item.num_moved[h];
-  const auto row_vectors =
-      static_cast<uint32_t>(source.head_dim * DTypeBytes(source.dtype) / sizeof(Vector));
+  const auto row_vectors = side.row_bytes / static_cast<uint32_t>(sizeof(Vector));
   const int32_t* const slots = batch.moves.slots + static_cast<int64_t>(list) * batch.num_rows;
   const int32_t* const tokens = batch.moves.tokens + static_cast<int64_t>(list) * batch.num_rows;
   const int64_t first_row = static_cast<int64_t>(h) * batch.num_rows;
@@ -198,15 +201,18 @@ __global__ void __launch_bounds__(kCopyThreads)
       const int64_t rank = unit / row_vectors;
       const auto vector = static_cast<uint32_t>(unit - rank * row_vectors);
       const int32_t token = tokens[rank];
-      const int64_t row = first_row + slots[rank];
-      to[part] = row * row_vectors + vector;
+      to[part] = (first_row + slots[rank]) * row_vectors + vector;
       values[part] = reinterpret_cast<const Vector*>(RowAddress(source, token, h))[vector];
-      if (vector == 0 && side.scales != nullptr) side.scales[row] = RowScale(source, token, h);
     }
 #pragma unroll
     for (int part = 0; part < kVectorsPerThread; ++part) {
       if (to[part] >= 0) reinterpret_cast<Vector*>(side.rows)[to[part]] = values[part];
     }
+  }
+  if (side.scales == nullptr) return;
+  for (int64_t rank = blockIdx.y * kCopyThreads + threadIdx.x; rank < num_moved;
+       rank += static_cast<int64_t>(gridDim.y) * kCopyThreads) {
+    side.scales[first_row + slots[rank]] = RowScale(source, tokens[rank], h);
   }
 }
 
@@ -270,26 +276,30 @@ absl::Status Diff(std::span<const RefreshRowsItem> items, const RefreshRowsParam
                              : LaunchDiff<false>(batch, grid, stream);
 }
 
+CopySide SideOf(const TensorView& source, std::byte* rows, float* scales) {
+  return {.source = source,
+          .rows = rows,
+          .scales = scales,
+          .row_bytes = static_cast<uint32_t>(source.head_dim * DTypeBytes(source.dtype))};
+}
+
 // Bits that are set in any address or size of the side's rows.
 int64_t AddressBits(const CopySide& side) {
   if (side.rows == nullptr) return 0;
   const TensorView& source = side.source;
   int64_t bits = reinterpret_cast<intptr_t>(source.data) | source.token_stride_bytes |
-                 source.head_stride_bytes | source.head_dim * DTypeBytes(source.dtype) |
-                 reinterpret_cast<intptr_t>(side.rows);
+                 source.head_stride_bytes | side.row_bytes | reinterpret_cast<intptr_t>(side.rows);
   if (source.block_table != nullptr) bits |= source.page_stride_bytes;
   return bits;
 }
 
 template <typename Vector>
 void LaunchCopy(const CopyBatch& batch, int64_t num_lists, int num_sms, cudaStream_t stream) {
-  int64_t longest = 1;  // vectors of a row
-  for (const CopySide& side : batch.items[0].sides) {
-    longest = std::max(longest, side.source.head_dim * DTypeBytes(side.source.dtype) /
-                                    static_cast<int64_t>(sizeof(Vector)));
-  }
+  const uint32_t longest =
+      std::max(batch.items[0].sides[0].row_bytes, batch.items[0].sides[1].row_bytes);
   const int64_t useful =
-      CeilDiv(batch.num_rows * longest, int64_t{kCopyThreads} * kVectorsPerThread);
+      CeilDiv(int64_t{batch.num_rows} * longest,
+              int64_t{kCopyThreads} * kVectorsPerThread * static_cast<int64_t>(sizeof(Vector)));
   const int64_t resident = CeilDiv(int64_t{kCopyBlocksPerSm} * num_sms, 2 * num_lists);
   const dim3 grid(static_cast<unsigned>(num_lists),
                   static_cast<unsigned>(std::clamp<int64_t>(resident, 1, useful)), 2);
@@ -306,10 +316,9 @@ absl::Status CopyRows(std::span<const RefreshRowsItem> items, const RefreshRowsP
   bool wanted = false;
   for (size_t i = 0; i < items.size(); ++i) {
     const RefreshRowsItem& item = items[i];
-    batch.items[i] = {
-        .sides = {{.source = item.keys, .rows = item.key_rows, .scales = item.key_scales},
-                  {.source = item.values, .rows = item.value_rows, .scales = item.value_scales}},
-        .num_moved = item.num_moved};
+    batch.items[i] = {.sides = {SideOf(item.keys, item.key_rows, item.key_scales),
+                                SideOf(item.values, item.value_rows, item.value_scales)},
+                      .num_moved = item.num_moved};
     wanted = wanted || item.key_rows != nullptr || item.value_rows != nullptr;
     for (const CopySide& side : batch.items[i].sides) bits |= AddressBits(side);
   }
