@@ -124,6 +124,9 @@ class CudaBackend : public Backend {
   }
 
   absl::StatusOr<Buffer> AllocateResident(int64_t size_bytes, Residence residence) override {
+    if (size_bytes < 0) {
+      return absl::InvalidArgumentError(absl::StrCat(size_bytes, " bytes of memory wanted"));
+    }
     if (absl::Status status = Enter(); !status.ok()) return status;
     absl::StatusOr<Buffer> buffer = residence == Residence::kDevice
                                         ? pool_->AllocateExclusive(size_bytes)

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/device_memory.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
 #include <limits>
@@ -186,7 +188,9 @@ void DevicePool::FreeExclusive(std::byte* data, int64_t size_bytes) {
 }
 
 std::shared_ptr<PinnedCache> PinnedCache::Create(int device, int64_t limit_bytes) {
-  if (limit_bytes <= 0) limit_bytes = std::numeric_limits<int64_t>::max();
+  if (limit_bytes <= 0) {
+    limit_bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  }
   return std::shared_ptr<PinnedCache>(new PinnedCache(device, limit_bytes));
 }
 

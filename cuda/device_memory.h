@@ -92,7 +92,7 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
 // as copying, so blocks are pinned once and reused.
 class PinnedCache : public std::enable_shared_from_this<PinnedCache> {
  public:
-  // limit_bytes 0 = no limit.
+  // limit_bytes 0 = the host's physical memory.
   static std::shared_ptr<PinnedCache> Create(int device, int64_t limit_bytes);
   ~PinnedCache();
   PinnedCache(const PinnedCache&) = delete;

@@ -167,23 +167,6 @@ TEST(CudaBackendTest, BuffersOutliveStreamAndBackend) {
   host.Reset();
 }
 
-// What device memory holds.
-std::vector<std::byte> Read(Backend& backend, const std::byte* data, int64_t size_bytes) {
-  auto stream = backend.CreateStream().value();
-  const Buffer host = backend.AllocateHost(size_bytes).value();
-  EXPECT_TRUE(backend.Copy(host.data(), data, size_bytes, *stream).ok());
-  EXPECT_TRUE(stream->Synchronize().ok());
-  return {host.data(), host.data() + size_bytes};
-}
-void Write(Backend& backend, std::byte* data, const Buffer& pattern) {
-  auto stream = backend.CreateStream().value();
-  EXPECT_TRUE(backend.Copy(data, pattern.data(), pattern.size_bytes(), *stream).ok());
-  EXPECT_TRUE(stream->Synchronize().ok());
-}
-std::vector<std::byte> Bytes(const Buffer& host) {
-  return {host.data(), host.data() + host.size_bytes()};
-}
-
 // All 16-byte rows of `from`, copied by an operation to `to`.
 absl::Status CopyByOperation(Backend& backend, const std::byte* from, std::byte* to,
                              int64_t size_bytes) {
@@ -198,11 +181,9 @@ absl::Status CopyByOperation(Backend& backend, const std::byte* from, std::byte*
   return status;
 }
 
-TEST(CudaBackendTest, ResidentMemoryIsExactAlignedAndUsableByOperations) {
+TEST(CudaBackendTest, ResidentMemoryIsExactAndAligned) {
   const auto backend = MakeBackend({.memory_limit_bytes = 64 * kMiB});
   ASSERT_NE(backend, nullptr);
-  const Buffer pattern = Pattern(*backend, kMiB, 4);
-  const int64_t host_baseline = backend->host_bytes_in_use();
   for (Residence residence : {Residence::kDevice, Residence::kHost}) {
     SCOPED_TRACE(residence == Residence::kDevice ? "device" : "host");
     for (int64_t size : {int64_t{1}, int64_t{257}, 3 * kMiB + 17}) {
@@ -211,17 +192,11 @@ TEST(CudaBackendTest, ResidentMemoryIsExactAlignedAndUsableByOperations) {
       EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 256, 0U);
       const bool on_device = residence == Residence::kDevice;
       EXPECT_EQ(backend->device_bytes_in_use(), on_device ? size : 0);
-      EXPECT_EQ(backend->host_bytes_in_use() - host_baseline, on_device ? 0 : size);
+      EXPECT_EQ(backend->host_bytes_in_use(), on_device ? 0 : size);
     }
     EXPECT_EQ(backend->device_bytes_in_use(), 0);
-    EXPECT_EQ(backend->host_bytes_in_use(), host_baseline);
+    EXPECT_EQ(backend->host_bytes_in_use(), 0);
     EXPECT_TRUE(backend->AllocateResident(0, residence).value().empty());
-
-    const Buffer from = backend->AllocateResident(kMiB, residence).value();
-    const Buffer to = backend->AllocateResident(kMiB, residence).value();
-    Write(*backend, from.data(), pattern);
-    ASSERT_TRUE(CopyByOperation(*backend, from.data(), to.data(), kMiB).ok());
-    EXPECT_EQ(Read(*backend, to.data(), kMiB), Bytes(pattern));
   }
 }
 
@@ -283,43 +258,39 @@ TEST(CudaBackendTest, RegisteredHostMemoryIsReadAndWrittenInPlace) {
     const Buffer region = gpu->RegisterHost(mapped, 2 * kMiB).value();
     EXPECT_EQ(region.size_bytes(), 2 * kMiB);
     EXPECT_EQ(gpu->host_bytes_in_use(), host_baseline) << "not this backend's to count";
-    const absl::Status twice = gpu->RegisterHost(mapped, kMiB).status();
-    EXPECT_TRUE(absl::IsInvalidArgument(twice)) << twice;
     for (int64_t i = 0; i < kMiB; ++i) mapped[i] = static_cast<std::byte>((i + round) % 253);
     ASSERT_TRUE(CopyByOperation(*gpu, region.data(), region.data() + kMiB, kMiB).ok());
     EXPECT_EQ(std::memcmp(mapped, mapped + kMiB, kMiB), 0);
   }
   ASSERT_EQ(munmap(memory, 2 * kMiB), 0);
-  EXPECT_FALSE(gpu->RegisterHost(mapped, 2 * kMiB).ok()) << "nothing is mapped there";
-  EXPECT_TRUE(gpu->Healthy().ok());
 }
 
-TEST(CudaBackendTest, CopiesBetweenAllKindsOfMemory) {
+// Tests with errors of CUDA calls, or without memory left for tools, are named apart: sanitizers
+// leave them out.
+
+TEST(CudaMemoryTest, RefusesHostMemoryItCannotPin) {
   Backend* const gpu = Gpu();
   ASSERT_NE(gpu, nullptr);
-  constexpr int64_t kSize = kMiB + 3;
-  auto stream = gpu->CreateStream().value();
-  std::vector<std::byte> mapped(kSize);
-  const Buffer registered = gpu->RegisterHost(mapped.data(), kSize).value();
-  const Buffer pooled = gpu->Allocate(kSize, *stream).value();
-  const Buffer device = gpu->AllocateResident(kSize, Residence::kDevice).value();
-  const Buffer host = gpu->AllocateResident(kSize, Residence::kHost).value();
-  const Buffer pinned = gpu->AllocateHost(kSize).value();
-  int seed = 10;
-  for (const Buffer* from : {&registered, &pooled, &device, &host, &pinned}) {
-    for (const Buffer* to : {&registered, &pooled, &device, &host, &pinned}) {
-      if (from == to) continue;
-      const Buffer pattern = Pattern(*gpu, kSize, ++seed);
-      ASSERT_TRUE(gpu->Copy(from->data(), pattern.data(), kSize, *stream).ok());
-      ASSERT_TRUE(gpu->Copy(to->data(), from->data(), kSize, *stream).ok());
-      ASSERT_TRUE(stream->Synchronize().ok());
-      ASSERT_EQ(Read(*gpu, to->data(), kSize), Bytes(pattern)) << "copy " << seed;
-    }
+  void* const memory =
+      mmap(nullptr, kMiB, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* const mapped = static_cast<std::byte*>(memory);
+  {
+    const Buffer region = gpu->RegisterHost(mapped, kMiB).value();
+    const absl::Status twice = gpu->RegisterHost(mapped, kMiB).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(twice)) << twice;
   }
-  EXPECT_TRUE(gpu->Copy(pooled.data(), host.data(), 0, *stream).ok());
+  ASSERT_EQ(munmap(memory, kMiB), 0);
+  EXPECT_FALSE(gpu->RegisterHost(mapped, kMiB).ok()) << "nothing is mapped there";
+  ASSERT_TRUE(gpu->Healthy().ok()) << gpu->Healthy();
+  // No launch mistakes what was refused for its own error.
+  const Buffer rows = gpu->AllocateResident(kMiB, Residence::kHost).value();
+  std::memset(rows.data(), 7, kMiB);
+  const Buffer copy = gpu->AllocateResident(kMiB, Residence::kHost).value();
+  ASSERT_TRUE(CopyByOperation(*gpu, rows.data(), copy.data(), kMiB).ok());
+  EXPECT_EQ(std::memcmp(rows.data(), copy.data(), kMiB), 0);
 }
 
-// Named apart: leaves little memory to tools.
 TEST(CudaMemoryTest, ResidentMemoryTakesBackWhatThePoolCaches) {
   const auto backend = MakeBackend({});
   ASSERT_NE(backend, nullptr);
