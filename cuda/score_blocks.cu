@@ -351,6 +351,7 @@ __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
 
 // grid (blocks of the longest item / kThreads, KV heads, items)
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Batch batch) {
+  constexpr int kAhead = 4;  // rows whose logits are requested before the log-sum-exps are there
   __shared__ float lse[kScoreMaxRows];
   const Item& item = batch.items[blockIdx.z];
   const int h = static_cast<int>(blockIdx.y);
@@ -358,6 +359,13 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
   if (first >= item.num_blocks) return;
   const Rows rows(batch, item, h);
+  const int64_t block = first + threadIdx.x;
+  const bool inside = block < item.num_blocks;
+  float ahead[kAhead];
+#pragma unroll
+  for (int r = 0; r < kAhead; ++r) {
+    ahead[r] = inside && r < batch.rows ? rows.logits[r * rows.stride + block] : kNoLogit;
+  }
   for (int r = static_cast<int>(threadIdx.x) / kWarp; r < batch.rows; r += kWarps) {
     SoftmaxSum total;
     for (int64_t tile = lane; tile < rows.tiles; tile += kWarp) {
@@ -368,11 +376,16 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     if (lane == 0) lse[r] = total.maximum + log2f(total.sum);
   }
   __syncthreads();
-  const int64_t block = first + threadIdx.x;
-  if (block >= item.num_blocks) return;
+  if (!inside) return;
   float sum = 0;
+#pragma unroll
+  for (int r = 0; r < kAhead; ++r) {
+    if (r < batch.rows) sum += Exp2(ahead[r] - lse[r]);
+  }
 #pragma unroll 4
-  for (int r = 0; r < batch.rows; ++r) sum += Exp2(rows.logits[r * rows.stride + block] - lse[r]);
+  for (int r = kAhead; r < batch.rows; ++r) {
+    sum += Exp2(rows.logits[r * rows.stride + block] - lse[r]);
+  }
   item.scores[h * item.num_blocks + block] = sum / static_cast<float>(batch.window);
 }
 

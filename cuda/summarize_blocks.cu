@@ -229,7 +229,7 @@ __device__ void FoldTokens(const SummarizeBlocksParams& p, const Row& row, bool 
 // `heads_inner`: neighbouring rows are of neighbouring heads, else of neighbouring blocks,
 // whichever lie closer in memory.
 template <typename T, int kParts>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kParts == 1 ? 3 : 2)
     SummarizeBlocksKernel(SummarizeBlocksParams p, int lanes, bool heads_inner, bool aligned) {
   const int heads = p.keys.num_heads;
   const int64_t blocks = p.num_blocks - p.first_block;
