@@ -27,6 +27,7 @@
 extern "C" {
 #endif
 
+// NOLINTBEGIN(readability-identifier-naming): names of a C interface.
 enum {
   DYNSPLIT_OK = 0,
   DYNSPLIT_INVALID_ARGUMENT = 1,  // nothing was enqueued
@@ -84,6 +85,7 @@ typedef struct dynsplit_attend_item {
   void* output;           // out [num_query_heads, head_dim], query_dtype
   float* lse;  // out [num_query_heads], natural log of the sum of exponentials; null: not wanted
 } dynsplit_attend_item;
+// NOLINTEND(readability-identifier-naming)
 
 // Bytes that suffice for calls of at most `max_items` items, whatever their rows.
 DYNSPLIT_ENGINE_API int dynsplit_attend_workspace_bytes(const dynsplit_attend_shape* shape,
