@@ -143,6 +143,7 @@ Sequence MakeSequence(int64_t num_tokens, int64_t num_tail_rows, uint32_t seed) 
 // Output [kHeadDim] of query head `a`, then its lse, in double precision.
 std::vector<double> Expected(const Sequence& s, int32_t a) {
   const int32_t h = a / kGroup;
+  const uint16_t* const query = s.queries.data() + int64_t{a} * kHeadDim;
   std::vector<std::pair<const uint16_t*, const uint16_t*>> rows;
   for (int64_t i = 0; i < s.num_tokens; ++i) {
     const int64_t token = s.tokens[static_cast<size_t>(h * s.num_tokens + i)];
@@ -158,7 +159,7 @@ std::vector<double> Expected(const Sequence& s, int32_t a) {
   for (const auto& [key, value] : rows) {
     double logit = 0;
     for (int32_t c = 0; c < kHeadDim; ++c) {
-      logit += double{ToFloat(s.queries[static_cast<size_t>(a * kHeadDim + c)])} * ToFloat(key[c]);
+      logit += double{ToFloat(query[c])} * ToFloat(key[c]);
     }
     const double weight = std::exp(logit * kScale);
     sum += weight;
