@@ -9,6 +9,7 @@
 //   4. Each step and layer: let the service Select into the tokens' region, then dynsplit_attend on
 //      the engine's stream, with the engine's newest rows as the tail.
 //   5. A captured graph replays the pointers and row counts of its capture; contents may change.
+//      Call once before the first capture, so that the kernels are loaded.
 // Functions work on the calling thread's current device, return DYNSPLIT_OK or an error that
 // dynsplit_engine_error() puts into words, and may be called from several threads. No function
 // waits for the device except dynsplit_allocate, dynsplit_free and dynsplit_close_ipc.
