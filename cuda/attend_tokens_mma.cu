@@ -250,15 +250,13 @@ __device__ void CopyRows(const LaneRows& rows, int first, int index, uint4* stag
 
 // ---- queries -----------------------------------------------------------------------------------
 
+// Any 16-bit type: two halves of bfloat16 hold a float16 exactly.
 __device__ void DecodeQuery(const MmaBatch& batch, const std::byte* row, int chunk,
                             float (&out)[kChunk]) {
-  switch (batch.query_dtype) {
-    case DType::kFloat16:
-      return LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
-    case DType::kBFloat16:
-      return LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
-    default:
-      return LoadValues<float>(row, chunk, batch.queries_aligned, 1.0F, out);
+  if (batch.query_dtype == DType::kFloat16) {
+    LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
+  } else {
+    LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
   }
 }
 
@@ -610,11 +608,10 @@ bool UsesTensorCores(const AttendTokensParams& params) {
   const int32_t head_dim = first.keys.head_dim;
   if (first.values.dtype != dtype || (head_dim != 64 && head_dim != 128) ||
       first.queries.num_heads > kTileRows * first.keys.num_heads ||
-      IsQuantized(first.queries.dtype)) {
+      DTypeBytes(first.queries.dtype) != 2) {
     return false;
   }
-  const bool same_16_bit = DTypeBytes(dtype) == 2 && dtype == first.queries.dtype;
-  if (!same_16_bit && !IsQuantized(dtype)) return false;
+  if (dtype != first.queries.dtype && !IsQuantized(dtype)) return false;
   return std::all_of(params.items.begin(), params.items.end(), [](const AttendTokensItem& item) {
     return HasCopyableRows(item.keys) && HasCopyableRows(item.values) &&
            HasCopyableRows(item.tail_keys) && HasCopyableRows(item.tail_values);

@@ -49,8 +49,8 @@ enum {
 DYNSPLIT_ENGINE_API const char* dynsplit_engine_error(void);
 
 // What all items of a call have in common. Fastest: head_dim 64 or 128, at most 16 query heads a KV
-// head, keys and values of one type which is the queries' 16-bit one or a quantised one, all
-// addresses and strides multiples of 16 bytes. Everything else takes a slower path.
+// head, queries of a 16-bit type, keys and values of one type which is theirs or a quantised one,
+// all addresses and strides multiples of 16 bytes. Everything else takes a slower path.
 typedef struct dynsplit_attend_shape {
   int32_t num_query_heads;  // a multiple of num_kv_heads, at most 1024
   int32_t num_kv_heads;
