@@ -19,7 +19,9 @@ namespace {
 constexpr int kRows = kAttendStepRows;
 constexpr int kRowTiles = kRows / kTileCols;
 constexpr int kChunkBytes = static_cast<int>(sizeof(uint4));
-constexpr int kScaleTypes = 2;  // of keys, of values
+constexpr int kScaleTypes = 2;             // of keys, of values
+constexpr int kMaxSharedBytes = 96 << 10;  // two blocks an SM of 9.0, one on any since 8.0
+constexpr int kMaxStages = 8;
 
 // Rows of keys or values of all heads.
 struct RowSource {
@@ -68,8 +70,9 @@ struct Stage {
   static constexpr int kScaleChunks =
       sizeof(S) == 1 ? kScaleTypes * kRows * static_cast<int>(sizeof(float)) / kChunkBytes : 0;
   static constexpr int kChunks = 2 * kSideChunks + kScaleChunks;
-  static constexpr int kCount = kRowChunks == 16 ? 3 : kRowChunks == 8 ? 6 : 8;
-  static constexpr int kSharedBytes = kAttendWarps * kCount * kChunks * kChunkBytes;
+  static constexpr int kBlockBytes = kAttendWarps * kChunks * kChunkBytes;
+  static constexpr int kCount = std::min(kMaxStages, kMaxSharedBytes / kBlockBytes);
+  static constexpr int kSharedBytes = kCount * kBlockBytes;
 
   // Where chunks of a row lie, so that a phase of a shared-memory access touches all banks. Keys
   // are read as in mma.cuh: for codes, a phase is four rows of two chunks.
@@ -203,7 +206,11 @@ struct LaneRows {
     tail_scale_stride = tail_rows.scale_token_stride;
   }
 
-  // Index of logical row `row` in its tensor; rows beyond the end are none and give 0.
+  // Rows beyond the end are not read; they count as row 0 of whatever has rows.
+  __device__ bool InTail(int row) const {
+    return num_tokens == 0 || (row >= num_tokens && row < end);
+  }
+  // Index of logical row `row` in its tensor.
   __device__ int IndexOf(int row) const {
     if (row >= end) return 0;
     if (row >= num_tokens) return row - num_tokens;
@@ -216,7 +223,7 @@ template <typename S, int KS>
 __device__ void CopyRows(const LaneRows& rows, int first, int index, uint4* stage, int lane) {
   using St = Stage<S, KS>;
   constexpr int kPassRows = kWarp / St::kRowChunks;
-  const bool in_tail = first + lane % kRows >= rows.num_tokens;
+  const bool in_tail = rows.InTail(first + lane % kRows);
   const std::byte* const own =
       (in_tail ? rows.tail : rows.data) +
       static_cast<int64_t>(index) * (in_tail ? rows.tail_stride_bytes : rows.stride_bytes);
@@ -243,15 +250,13 @@ __device__ void CopyRows(const LaneRows& rows, int first, int index, uint4* stag
 
 // ---- queries -----------------------------------------------------------------------------------
 
+// Any 16-bit type: two halves of bfloat16 hold a float16 exactly.
 __device__ void DecodeQuery(const MmaBatch& batch, const std::byte* row, int chunk,
                             float (&out)[kChunk]) {
-  switch (batch.query_dtype) {
-    case DType::kFloat16:
-      return LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
-    case DType::kBFloat16:
-      return LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
-    default:
-      return LoadValues<float>(row, chunk, batch.queries_aligned, 1.0F, out);
+  if (batch.query_dtype == DType::kFloat16) {
+    LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
+  } else {
+    LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
   }
 }
 
@@ -603,11 +608,10 @@ bool UsesTensorCores(const AttendTokensParams& params) {
   const int32_t head_dim = first.keys.head_dim;
   if (first.values.dtype != dtype || (head_dim != 64 && head_dim != 128) ||
       first.queries.num_heads > kTileRows * first.keys.num_heads ||
-      IsQuantized(first.queries.dtype)) {
+      DTypeBytes(first.queries.dtype) != 2) {
     return false;
   }
-  const bool same_16_bit = DTypeBytes(dtype) == 2 && dtype == first.queries.dtype;
-  if (!same_16_bit && !IsQuantized(dtype)) return false;
+  if (dtype != first.queries.dtype && !IsQuantized(dtype)) return false;
   return std::all_of(params.items.begin(), params.items.end(), [](const AttendTokensItem& item) {
     return HasCopyableRows(item.keys) && HasCopyableRows(item.values) &&
            HasCopyableRows(item.tail_keys) && HasCopyableRows(item.tail_values);
