@@ -105,14 +105,16 @@ absl::StatusOr<CompressResult> Converse(StreamCall& call, RequestFrames& frames,
   }
   const grpc::Status finished = call.Finish();
   if (status.ok() && !finished.ok()) status = wire::ToAbsl(finished);
-  absl::StatusOr<CompressResult> result = status;
-  if (status.ok()) result = std::move(assembler).Finish();
-  if (!result.ok()) {
-    assembler.SavePartial();
-  } else {
-    result->sent_bytes = frames.sent_bytes();
+  if (status.ok()) {
+    absl::StatusOr<CompressResult> result = assembler.Finish();
+    if (result.ok()) {
+      result->sent_bytes = frames.sent_bytes();
+      return result;
+    }
+    status = result.status();
   }
-  return result;
+  assembler.SavePartial();
+  return status;
 }
 
 }  // namespace

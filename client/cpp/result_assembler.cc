@@ -212,7 +212,7 @@ absl::Status ResultAssembler::DeliverLayer() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<CompressResult> ResultAssembler::Finish() && {
+absl::StatusOr<CompressResult> ResultAssembler::Finish() {
   if (!ended_) return Protocol("the stream ended without an end message");
   return std::move(result_);
 }

@@ -29,8 +29,8 @@ class ResultAssembler {
   int32_t num_layers() const { return num_layers_; }
   // Gives what was received to job.partial, where there is one: the call has failed.
   void SavePartial();
-  // All that was received. INTERNAL when the end message is missing.
-  absl::StatusOr<CompressResult> Finish() &&;
+  // Gives away all that was received. INTERNAL when the end message is missing.
+  absl::StatusOr<CompressResult> Finish();
   const CompressResult& result() const { return result_; }
 
  private:
