@@ -1,0 +1,346 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <cmath>
+#include <iostream>
+#include <memory>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "client/cli/commands.h"
+#include "client/cli/console.h"
+#include "client/cli/decode_steps.h"
+#include "client/cli/flags.h"
+#include "client/cli/report.h"
+#include "client/cli/request.h"
+
+namespace dynsplit::cli {
+namespace {
+
+// What session, sessions get and sessions release say where to find one.
+struct SessionFlags {
+  ConnectionFlags connection;
+  std::string id, tenant;
+  bool json = false;
+};
+
+struct Flags : SessionFlags {
+  CaptureFlags capture;
+  PolicyFlags policy;
+  v1::SessionOptions options;
+  int32_t num_steps = 16;
+  bool keep = false;
+  std::string fetch;
+};
+
+struct Outcome {
+  v1::SessionInfo session;
+  std::optional<CompressResult> opened;
+  StepsReport steps;
+  std::optional<CompressResult> fetched;
+  std::optional<int64_t> released_bytes;
+};
+
+absl::StatusOr<v1::SessionInfo> Get(Client& client, const std::string& id,
+                                    const std::string& tenant) {
+  v1::GetSessionRequest request;
+  request.set_session_id(id);
+  request.set_tenant(tenant);
+  return client.GetSession(request);
+}
+
+absl::StatusOr<int64_t> Release(Client& client, const std::string& id, const std::string& tenant) {
+  v1::ReleaseSessionRequest request;
+  request.set_session_id(id);
+  request.set_tenant(tenant);
+  const auto response = client.ReleaseSession(request);
+  if (!response.ok()) return response.status();
+  return response->freed_bytes();
+}
+
+absl::Status Open(Client& client, const Flags& flags, const Capture& capture, Outcome& outcome) {
+  CompressJob job = MakeJob(capture, flags.capture, flags.policy.Get());
+  std::erase_if(job.tensors, [](const InputTensor& tensor) {
+    return tensor.kind == v1::TENSOR_KIND_QUERIES;  // those of the steps
+  });
+  job.begin.set_tenant(flags.tenant);
+  *job.begin.mutable_session() = flags.options;
+  ProgressBar bar(!flags.json);
+  job.on_progress = [&](const Progress& progress) {
+    bar.Show(progress, capture.shape.num_layers());
+  };
+  absl::StatusOr<CompressResult> result = client.OpenSession(job);
+  if (!result.ok()) return result.status();
+  outcome.session = result->end.session();
+  outcome.opened = *std::move(result);
+  return absl::OkStatus();
+}
+
+absl::Status Fetch(Client& client, const Flags& flags, const Capture& capture, Outcome& outcome) {
+  CompressJob job;
+  job.begin.set_tenant(flags.tenant);
+  job.begin.mutable_target()->set_session_id(outcome.session.session_id());
+  job.begin.mutable_policy()->mutable_encoding()->set_key(v1::Encoding::FORMAT_AS_IS);
+  job.begin.mutable_policy()->mutable_encoding()->set_value(v1::Encoding::FORMAT_AS_IS);
+  absl::StatusOr<CompressResult> result = client.FetchSession(job);
+  if (!result.ok()) return result.status();
+  outcome.fetched = *std::move(result);
+  return WriteResult(flags.fetch, capture, *outcome.fetched);
+}
+
+// All that is done with the session once it is there.
+absl::Status Use(Client& client, const Flags& flags, const Capture& capture, Outcome& outcome) {
+  StepsRequest request;
+  request.session = outcome.session;
+  request.num_steps =
+      static_cast<int32_t>(std::min<int64_t>(flags.num_steps, capture.num_window_queries()));
+  absl::StatusOr<StepsReport> steps = RunSteps(client, capture, request);
+  if (!steps.ok()) return steps.status();
+  outcome.steps = *std::move(steps);
+  if (!flags.fetch.empty()) {
+    if (absl::Status status = Fetch(client, flags, capture, outcome); !status.ok()) return status;
+  }
+  absl::StatusOr<v1::SessionInfo> now =
+      Get(client, outcome.session.session_id(), outcome.session.tenant());
+  if (!now.ok()) return now.status();
+  outcome.session = *std::move(now);
+  return absl::OkStatus();
+}
+
+// The session is released in any case, unless it is to be kept or was there before.
+absl::StatusOr<Outcome> Serve(const Flags& flags, const Capture& capture) {
+  const auto client = flags.connection.Connect();
+  if (!client.ok()) return client.status();
+  Outcome outcome;
+  absl::Status status;
+  if (flags.id.empty()) {
+    status = Open(**client, flags, capture, outcome);
+  } else {
+    absl::StatusOr<v1::SessionInfo> found = Get(**client, flags.id, flags.tenant);
+    status = found.status();
+    if (found.ok()) outcome.session = *std::move(found);
+  }
+  if (!status.ok()) return status;
+  status = Use(**client, flags, capture, outcome);
+  if (!flags.keep && flags.id.empty()) {
+    const auto freed = Release(**client, outcome.session.session_id(), outcome.session.tenant());
+    status.Update(freed.status());
+    if (freed.ok()) outcome.released_bytes = *freed;
+  }
+  if (!status.ok()) return status;
+  return outcome;
+}
+
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// Mean of the steps after the first, which moves everything; NaN where there are none.
+double LaterMovedRows(const StepsReport& steps) {
+  if (steps.moved_rows.size() < 2) return std::nan("");
+  const auto sum =
+      std::accumulate(steps.moved_rows.begin() + 1, steps.moved_rows.end(), int64_t{0});
+  return static_cast<double>(sum) / static_cast<double>(steps.moved_rows.size() - 1);
+}
+
+std::string ResidenceText(const v1::SessionInfo& session) {
+  const bool demoted = session.num_demotions() > session.num_restorations();
+  if (session.residence() == v1::SessionOptions::RESIDENCE_DEVICE) return "in device memory";
+  return demoted ? "in host memory (demoted)" : "in host memory";
+}
+
+std::string DescribeSession(const v1::SessionInfo& session) {
+  const v1::SessionBytes& bytes = session.bytes();
+  const auto key_value = static_cast<double>(bytes.key_value());
+  const auto index = static_cast<double>(bytes.index());
+  return absl::StrCat(
+      "session   ", session.session_id(), "\n", DescribePolicy(session.policy()), "\n",
+      HumanCount(session.shape().num_tokens()), " tokens in ", HumanCount(session.num_blocks()),
+      " blocks, the open one from ", HumanCount(session.open_block_begin()), " on; room for ",
+      HumanCount(session.capacity_tokens()), "\n", "K and V   ", HumanBytes(key_value), " ",
+      ResidenceText(session), "\n", "index     ", HumanBytes(index), " (",
+      Percent(index / key_value), " of K and V)\n", "lease     ",
+      HumanDuration(absl::Seconds(session.lease_seconds_left())), " unless used\n");
+}
+
+std::string DescribeSteps(const StepsReport& steps, int64_t kv_heads) {
+  std::vector<std::vector<std::string>> rows = {
+      {"layer", "tokens read", "share", "attention mass", "least head"}};
+  for (size_t l = 0; l < steps.layers.size(); ++l) {
+    const StepsReport::Layer& layer = steps.layers[l];
+    const int64_t tokens = layer.dense ? steps.num_tokens : steps.tokens_per_head;
+    rows.push_back({absl::StrCat(l), HumanCount(tokens) + (layer.dense ? " (dense)" : ""),
+                    Percent(static_cast<double>(tokens) / static_cast<double>(steps.num_tokens)),
+                    Percent(layer.mass_mean), Percent(layer.mass_min)});
+  }
+  std::string text = Table(rows);
+  absl::StrAppend(&text, "\nselect    p50 ", HumanDuration(absl::Seconds(Median(steps.seconds))),
+                  " (", HumanDuration(absl::Seconds(Median(steps.server_seconds))),
+                  " in the server) over ", steps.seconds.size(), " steps of ", steps.layers.size(),
+                  " layers and ", kv_heads, " heads\n");
+  if (steps.budget_raised_by_protection) {
+    absl::StrAppend(&text, "budget    raised to what is always read: sinks, recent, open block\n");
+  }
+  if (steps.moved_rows.empty()) {
+    return absl::StrCat(text, "reuse     not tried: one step's rows fill more than a message\n");
+  }
+  const auto chosen = static_cast<double>(steps.chosen_rows.back());
+  absl::StrAppend(&text, "reuse     step 1 moved ", HumanCount(steps.moved_rows.front()), " of ",
+                  HumanCount(steps.chosen_rows.front()), " rows");
+  if (steps.moved_rows.size() > 1) {
+    const double later = LaterMovedRows(steps);
+    absl::StrAppend(&text, "; steps 2 to ", steps.moved_rows.size(), " moved ", Decimal(later, 0),
+                    " each (", Percent(later / chosen), ")");
+  }
+  return text + "\n";
+}
+
+void PrintHuman(const Flags& flags, const Outcome& outcome) {
+  std::cout << DescribeSession(outcome.session);
+  if (outcome.opened.has_value()) {
+    std::cout << "opened    in " << HumanDuration(outcome.opened->elapsed) << ", "
+              << outcome.opened->end.backend() << "\n";
+  }
+  std::cout << "\n" << DescribeSteps(outcome.steps, outcome.session.shape().num_kv_heads());
+  if (outcome.fetched.has_value()) {
+    std::cout << "fetched   " << HumanBytes(static_cast<double>(outcome.fetched->received_bytes))
+              << " in " << HumanDuration(outcome.fetched->elapsed) << " to " << flags.fetch << "\n";
+  }
+  if (outcome.released_bytes.has_value()) {
+    std::cout << "released  " << HumanBytes(static_cast<double>(*outcome.released_bytes)) << "\n";
+  } else {
+    std::cout << "kept      go on with --id " << outcome.session.session_id() << "\n";
+  }
+}
+
+nlohmann::json JsonOutcome(const Outcome& outcome) {
+  const auto number = [](double value) {
+    return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr);
+  };
+  const StepsReport& steps = outcome.steps;
+  nlohmann::json json = {{"session", ToJson(outcome.session)},
+                         {"steps", steps.seconds.size()},
+                         {"tokens_per_head", steps.tokens_per_head},
+                         {"budget_raised_by_protection", steps.budget_raised_by_protection},
+                         {"select_p50_seconds", Median(steps.seconds)},
+                         {"server_p50_seconds", Median(steps.server_seconds)},
+                         {"moved_rows", steps.moved_rows},
+                         {"chosen_rows", steps.chosen_rows},
+                         {"moved_rows_mean_after_first", number(LaterMovedRows(steps))},
+                         {"layers", nlohmann::json::array()}};
+  for (const StepsReport::Layer& layer : steps.layers) {
+    json["layers"].push_back({{"dense", layer.dense},
+                              {"attention_mass_mean", number(layer.mass_mean)},
+                              {"attention_mass_min", number(layer.mass_min)}});
+  }
+  if (outcome.opened.has_value()) {
+    json["open_seconds"] = absl::ToDoubleSeconds(outcome.opened->elapsed);
+  }
+  if (outcome.fetched.has_value()) json["fetched_bytes"] = outcome.fetched->received_bytes;
+  if (outcome.released_bytes.has_value()) json["released_bytes"] = *outcome.released_bytes;
+  return json;
+}
+
+int Run(const Flags& flags) {
+  const absl::StatusOr<Capture> capture = LoadInput(flags.capture);
+  if (!capture.ok()) return PrintError(capture.status());
+  if (capture->num_window_queries() == 0) {
+    return PrintError(absl::InvalidArgumentError(
+        "the capture has no queries of its last tokens to make steps of"));
+  }
+  const absl::StatusOr<Outcome> outcome = Serve(flags, *capture);
+  if (!outcome.ok()) return PrintError(outcome.status());
+  if (flags.json) {
+    std::cout << JsonOutcome(*outcome).dump(2) << "\n";
+  } else {
+    PrintHuman(flags, *outcome);
+  }
+  return kExitOk;
+}
+
+int RunGet(const SessionFlags& flags) {
+  const auto client = flags.connection.Connect();
+  if (!client.ok()) return PrintError(client.status());
+  const auto session = Get(**client, flags.id, flags.tenant);
+  if (!session.ok()) return PrintError(session.status());
+  std::cout << (flags.json ? ToJson(*session).dump(2) + "\n" : DescribeSession(*session));
+  return kExitOk;
+}
+
+int RunRelease(const SessionFlags& flags) {
+  const auto client = flags.connection.Connect();
+  if (!client.ok()) return PrintError(client.status());
+  const auto freed = Release(**client, flags.id, flags.tenant);
+  if (!freed.ok()) return PrintError(freed.status());
+  if (flags.json) {
+    std::cout << nlohmann::json({{"freed_bytes", *freed}}).dump(2) << "\n";
+  } else {
+    std::cout << "released  " << HumanBytes(static_cast<double>(*freed)) << "\n";
+  }
+  return kExitOk;
+}
+
+void AddOptions(CLI::App& command, v1::SessionOptions& options) {
+  constexpr char kGroup[] = "Session";
+  AddEnum<v1::SessionOptions::Residence>(
+      command, "--residence", "Where K and V rest; default: device, host where it is full",
+      [&options](v1::SessionOptions::Residence residence) { options.set_residence(residence); })
+      ->group(kGroup);
+  AddEnum<v1::SessionOptions::Summaries>(
+      command, "--summaries", "Bits of the block summaries; default: float8-e4m3",
+      [&options](v1::SessionOptions::Summaries summaries) { options.set_summaries(summaries); })
+      ->group(kGroup);
+  command
+      .add_option_function<int32_t>(
+          "--lease", [&options](int32_t seconds) { options.set_lease_seconds(seconds); },
+          "Seconds it lives without being used; default 300")
+      ->check(CLI::Range(1, 86400))
+      ->group(kGroup);
+  command
+      .add_option_function<int64_t>(
+          "--reserve", [&options](int64_t tokens) { options.set_reserve_tokens(tokens); },
+          "Room for tokens appended later")
+      ->check(CLI::NonNegativeNumber)
+      ->group(kGroup);
+}
+
+}  // namespace
+
+void AddSession(CLI::App& app, int& exit_code) {
+  CLI::App& command = *app.add_subcommand(
+      "session", "Keep a captured cache in the server and choose tokens of it as a decoder would");
+  auto flags = std::make_shared<Flags>();
+  flags->capture.AddTo(command);
+  flags->policy.AddTo(command);
+  flags->connection.AddTo(command);
+  AddOptions(command, flags->options);
+  command.add_option("--steps", flags->num_steps, "Decode steps, from the last captured queries")
+      ->check(CLI::Range(1, 1024))
+      ->capture_default_str();
+  CLI::Option* id = command.add_option("--id", flags->id, "Use this session instead of a new one");
+  command.add_option("--tenant", flags->tenant, "Quota group; default \"default\"");
+  command.add_flag("--keep", flags->keep, "Leave the session in the server")->excludes(id);
+  command.add_option("--fetch", flags->fetch,
+                     "Write K and V: .safetensors, or a container (.dskv) for any other name");
+  command.add_flag("--json", flags->json, "Machine-readable answer on stdout");
+  command.callback([flags, &exit_code] { exit_code = Run(*flags); });
+}
+
+void AddSessions(CLI::App& app, int& exit_code) {
+  CLI::App& command = *app.add_subcommand("sessions", "Sessions that the server holds");
+  command.require_subcommand(1);
+  auto flags = std::make_shared<SessionFlags>();
+  CLI::App& get = *command.add_subcommand("get", "State and memory of one");
+  CLI::App& release = *command.add_subcommand("release", "End one and free its memory");
+  for (CLI::App* sub : {&get, &release}) {
+    sub->add_option("id", flags->id, "Session")->required();
+    sub->add_option("--tenant", flags->tenant, "Quota group; default \"default\"");
+    flags->connection.AddTo(*sub);
+    sub->add_flag("--json", flags->json, "Machine-readable answer on stdout");
+  }
+  get.callback([flags, &exit_code] { exit_code = RunGet(*flags); });
+  release.callback([flags, &exit_code] { exit_code = RunRelease(*flags); });
+}
+
+}  // namespace dynsplit::cli
