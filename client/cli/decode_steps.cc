@@ -93,6 +93,7 @@ absl::Status MeasureLayers(const Capture& capture, const v1::SessionInfo& sessio
         std::accumulate(masses.begin(), masses.end(), 0.0) / static_cast<double>(masses.size());
     layer.mass_min = *std::min_element(masses.begin(), masses.end());
   }
+  report.tokens = tokens;
   return absl::OkStatus();
 }
 

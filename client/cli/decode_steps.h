@@ -31,6 +31,7 @@ struct StepsReport {
   int32_t num_groups = 0;
   bool budget_raised_by_protection = false;
   std::vector<Layer> layers;
+  std::vector<int32_t> tokens;         // of the last step, [layers, groups, tokens_per_head]
   std::vector<double> seconds;         // of each step's Select, seen from here
   std::vector<double> server_seconds;  // of them, in the server
   // Of each step's gather; empty where the rows are too many for one message.

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cmath>
 #include <iostream>
 #include <memory>
-#include <numeric>
+#include <optional>
 
 #include "absl/strings/str_cat.h"
 #include "client/cli/commands.h"
 #include "client/cli/console.h"
-#include "client/cli/decode_steps.h"
 #include "client/cli/flags.h"
 #include "client/cli/report.h"
 #include "client/cli/request.h"
+#include "client/cli/session_report.h"
 
 namespace dynsplit::cli {
 namespace {
@@ -28,7 +27,7 @@ struct Flags : SessionFlags {
   PolicyFlags policy;
   v1::SessionOptions options;
   int32_t num_steps = 16;
-  bool keep = false;
+  bool keep = false, with_tokens = false;
   std::string fetch;
 };
 
@@ -130,79 +129,13 @@ absl::StatusOr<Outcome> Serve(const Flags& flags, const Capture& capture) {
   return outcome;
 }
 
-double Median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
-}
-
-// Mean of the steps after the first, which moves everything; NaN where there are none.
-double LaterMovedRows(const StepsReport& steps) {
-  if (steps.moved_rows.size() < 2) return std::nan("");
-  const auto sum =
-      std::accumulate(steps.moved_rows.begin() + 1, steps.moved_rows.end(), int64_t{0});
-  return static_cast<double>(sum) / static_cast<double>(steps.moved_rows.size() - 1);
-}
-
-std::string ResidenceText(const v1::SessionInfo& session) {
-  const bool demoted = session.num_demotions() > session.num_restorations();
-  if (session.residence() == v1::SessionOptions::RESIDENCE_DEVICE) return "in device memory";
-  return demoted ? "in host memory (demoted)" : "in host memory";
-}
-
-std::string DescribeSession(const v1::SessionInfo& session) {
-  const v1::SessionBytes& bytes = session.bytes();
-  const auto key_value = static_cast<double>(bytes.key_value());
-  const auto index = static_cast<double>(bytes.index());
-  return absl::StrCat(
-      "session   ", session.session_id(), "\n", DescribePolicy(session.policy()), "\n",
-      HumanCount(session.shape().num_tokens()), " tokens in ", HumanCount(session.num_blocks()),
-      " blocks, the open one from ", HumanCount(session.open_block_begin()), " on; room for ",
-      HumanCount(session.capacity_tokens()), "\n", "K and V   ", HumanBytes(key_value), " ",
-      ResidenceText(session), "\n", "index     ", HumanBytes(index), " (",
-      Percent(index / key_value), " of K and V)\n", "lease     ",
-      HumanDuration(absl::Seconds(session.lease_seconds_left())), " unless used\n");
-}
-
-std::string DescribeSteps(const StepsReport& steps, int64_t kv_heads) {
-  std::vector<std::vector<std::string>> rows = {
-      {"layer", "tokens read", "share", "attention mass", "least head"}};
-  for (size_t l = 0; l < steps.layers.size(); ++l) {
-    const StepsReport::Layer& layer = steps.layers[l];
-    const int64_t tokens = layer.dense ? steps.num_tokens : steps.tokens_per_head;
-    rows.push_back({absl::StrCat(l), HumanCount(tokens) + (layer.dense ? " (dense)" : ""),
-                    Percent(static_cast<double>(tokens) / static_cast<double>(steps.num_tokens)),
-                    Percent(layer.mass_mean), Percent(layer.mass_min)});
-  }
-  std::string text = Table(rows);
-  absl::StrAppend(&text, "\nselect    p50 ", HumanDuration(absl::Seconds(Median(steps.seconds))),
-                  " (", HumanDuration(absl::Seconds(Median(steps.server_seconds))),
-                  " in the server) over ", steps.seconds.size(), " steps of ", steps.layers.size(),
-                  " layers and ", kv_heads, " heads\n");
-  if (steps.budget_raised_by_protection) {
-    absl::StrAppend(&text, "budget    raised to what is always read: sinks, recent, open block\n");
-  }
-  if (steps.moved_rows.empty()) {
-    return absl::StrCat(text, "reuse     not tried: one step's rows fill more than a message\n");
-  }
-  const auto chosen = static_cast<double>(steps.chosen_rows.back());
-  absl::StrAppend(&text, "reuse     step 1 moved ", HumanCount(steps.moved_rows.front()), " of ",
-                  HumanCount(steps.chosen_rows.front()), " rows");
-  if (steps.moved_rows.size() > 1) {
-    const double later = LaterMovedRows(steps);
-    absl::StrAppend(&text, "; steps 2 to ", steps.moved_rows.size(), " moved ", Decimal(later, 0),
-                    " each (", Percent(later / chosen), ")");
-  }
-  return text + "\n";
-}
-
 void PrintHuman(const Flags& flags, const Outcome& outcome) {
   std::cout << DescribeSession(outcome.session);
   if (outcome.opened.has_value()) {
     std::cout << "opened    in " << HumanDuration(outcome.opened->elapsed) << ", "
               << outcome.opened->end.backend() << "\n";
   }
-  std::cout << "\n" << DescribeSteps(outcome.steps, outcome.session.shape().num_kv_heads());
+  std::cout << "\n" << DescribeSteps(outcome.steps);
   if (outcome.fetched.has_value()) {
     std::cout << "fetched   " << HumanBytes(static_cast<double>(outcome.fetched->received_bytes))
               << " in " << HumanDuration(outcome.fetched->elapsed) << " to " << flags.fetch << "\n";
@@ -214,32 +147,15 @@ void PrintHuman(const Flags& flags, const Outcome& outcome) {
   }
 }
 
-nlohmann::json JsonOutcome(const Outcome& outcome) {
-  const auto number = [](double value) {
-    return std::isfinite(value) ? nlohmann::json(value) : nlohmann::json(nullptr);
-  };
-  const StepsReport& steps = outcome.steps;
-  nlohmann::json json = {{"session", ToJson(outcome.session)},
-                         {"steps", steps.seconds.size()},
-                         {"tokens_per_head", steps.tokens_per_head},
-                         {"budget_raised_by_protection", steps.budget_raised_by_protection},
-                         {"select_p50_seconds", Median(steps.seconds)},
-                         {"server_p50_seconds", Median(steps.server_seconds)},
-                         {"moved_rows", steps.moved_rows},
-                         {"chosen_rows", steps.chosen_rows},
-                         {"moved_rows_mean_after_first", number(LaterMovedRows(steps))},
-                         {"layers", nlohmann::json::array()}};
-  for (const StepsReport::Layer& layer : steps.layers) {
-    json["layers"].push_back({{"dense", layer.dense},
-                              {"attention_mass_mean", number(layer.mass_mean)},
-                              {"attention_mass_min", number(layer.mass_min)}});
-  }
+void PrintJson(const Flags& flags, const Outcome& outcome) {
+  nlohmann::json json = JsonSteps(outcome.steps, flags.with_tokens);
+  json["session"] = ToJson(outcome.session);
   if (outcome.opened.has_value()) {
     json["open_seconds"] = absl::ToDoubleSeconds(outcome.opened->elapsed);
   }
   if (outcome.fetched.has_value()) json["fetched_bytes"] = outcome.fetched->received_bytes;
   if (outcome.released_bytes.has_value()) json["released_bytes"] = *outcome.released_bytes;
-  return json;
+  std::cout << json.dump(2) << "\n";
 }
 
 int Run(const Flags& flags) {
@@ -252,7 +168,7 @@ int Run(const Flags& flags) {
   const absl::StatusOr<Outcome> outcome = Serve(flags, *capture);
   if (!outcome.ok()) return PrintError(outcome.status());
   if (flags.json) {
-    std::cout << JsonOutcome(*outcome).dump(2) << "\n";
+    PrintJson(flags, *outcome);
   } else {
     PrintHuman(flags, *outcome);
   }
@@ -323,7 +239,9 @@ void AddSession(CLI::App& app, int& exit_code) {
   command.add_flag("--keep", flags->keep, "Leave the session in the server")->excludes(id);
   command.add_option("--fetch", flags->fetch,
                      "Write K and V: .safetensors, or a container (.dskv) for any other name");
-  command.add_flag("--json", flags->json, "Machine-readable answer on stdout");
+  CLI::Option* json = command.add_flag("--json", flags->json, "Machine-readable answer on stdout");
+  command.add_flag("--with-tokens", flags->with_tokens, "Also list the last step's tokens")
+      ->needs(json);
   command.callback([flags, &exit_code] { exit_code = Run(*flags); });
 }
 
