@@ -167,7 +167,7 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectionFlags::Connect() const {
 void PolicyFlags::AddTo(CLI::App& app) {
   app.add_option_function<std::string>(
          "--preset", [this](const std::string& name) { policy_.set_preset(name); },
-         "Named policy (default: dynsplit)")
+         "Named policy (default: dynsplit; of sessions dynsplit_index)")
       ->group("Policy");
   AddSegmentation(app, *policy_.mutable_segmentation());
   AddScoring(app, *policy_.mutable_scoring());
@@ -206,12 +206,16 @@ v1::Policy PolicyFlags::Get() const {
   return given;
 }
 
-void CaptureFlags::AddTo(CLI::App& app) {
+void CaptureFlags::AddInputTo(CLI::App& app) {
   app.add_option("input", input, "Capture (.safetensors, kv-capture/1)")
       ->required()
       ->check(CLI::ExistingFile);
   app.add_option("--layers", layers, "Layers of the capture to send: 0,2 (default: all)")
       ->delimiter(',');
+}
+
+void CaptureFlags::AddTo(CLI::App& app) {
+  AddInputTo(app);
   app.add_option("--window", num_window_queries,
                  "Window queries to send; default: those captured, 0 to 1024")
       ->check(CLI::Range(1, 1024));

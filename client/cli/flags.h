@@ -75,6 +75,8 @@ struct CaptureFlags {
   int32_t num_window_queries = 0;
 
   void AddTo(CLI::App& app);
+  // The file and its layers only.
+  void AddInputTo(CLI::App& app);
 };
 
 }  // namespace dynsplit::cli

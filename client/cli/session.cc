@@ -227,7 +227,7 @@ void AddSession(CLI::App& app, int& exit_code) {
   CLI::App& command = *app.add_subcommand(
       "session", "Keep a captured cache in the server and choose tokens of it as a decoder would");
   auto flags = std::make_shared<Flags>();
-  flags->capture.AddTo(command);
+  flags->capture.AddInputTo(command);
   flags->policy.AddTo(command);
   flags->connection.AddTo(command);
   AddOptions(command, flags->options);
