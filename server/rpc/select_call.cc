@@ -23,6 +23,7 @@ struct SelectCall {
   Services& services;
   v1::SelectResponse& response;
   grpc::CallbackServerContext& context;
+  grpc::ServerUnaryReactor& reactor;
   absl::Time started;
   std::vector<StepSpec> steps;
   std::vector<SessionUse> sessions;
@@ -42,11 +43,11 @@ absl::Status Prepare(const v1::SelectRequest& request, SelectCall& call) {
   return absl::OkStatus();
 }
 
-void Finish(const SelectCall& call, const absl::Status& status) {
+void FinishCall(const SelectCall& call, const absl::Status& status) {
   const double seconds = absl::ToDoubleSeconds(absl::Now() - call.started);
   call.services.metrics.Finished(
       {.method = "Select", .code = CodeName(status.code()), .seconds = seconds});
-  Reply(&call.context, status);
+  Finish(call.reactor, status);
 }
 
 void Record(const SelectCall& call, const SelectResult& result) {
@@ -78,14 +79,14 @@ void RestoreLater(Services& services, SessionUse session) {
 
 void Run(SelectCall call, Backend& backend, Stream& stream) {
   if (call.context.IsCancelled()) {  // nobody waits for it any more
-    return Finish(call, absl::CancelledError("the caller cancelled"));
+    return FinishCall(call, absl::CancelledError("the caller cancelled"));
   }
   absl::StatusOr<SelectResult> result =
       RunSelect(call.steps, call.sessions, call.services.regions,
                 call.services.config.max_message_bytes - kAnswerOverheadBytes, backend, stream);
   if (!result.ok()) {
     call.sessions.clear();
-    return Finish(call, result.status());
+    return FinishCall(call, result.status());
   }
   SelectToProto(*result, call.response);
   call.response.set_device_seconds(result->device_seconds);
@@ -93,7 +94,7 @@ void Run(SelectCall call, Backend& backend, Stream& stream) {
   Record(call, *result);
   std::vector<SessionUse> sessions = std::move(call.sessions);
   Services& services = call.services;
-  Finish(call, absl::OkStatus());  // request and response are gone from here on
+  FinishCall(call, absl::OkStatus());  // request and response are gone from here on
   for (SessionUse& session : sessions) RestoreLater(services, std::move(session));
 }
 
@@ -105,13 +106,14 @@ grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRe
   SelectCall call = {.services = services,
                      .response = response,
                      .context = context,
+                     .reactor = *context.DefaultReactor(),
                      .started = absl::Now(),
                      .steps = {},
                      .sessions = {}};
-  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
+  grpc::ServerUnaryReactor* const reactor = &call.reactor;
   if (absl::Status status = Prepare(request, call); !status.ok()) {
     call.sessions.clear();
-    Finish(call, status);
+    FinishCall(call, status);
     return reactor;
   }
   services.selects.Submit([call = std::move(call)](Backend& backend, Stream& stream) mutable {

@@ -9,10 +9,15 @@
 
 namespace dynsplit::rpc {
 
+inline void Finish(grpc::ServerUnaryReactor& reactor, const absl::Status& status) {
+  reactor.Finish(status.ok() ? grpc::Status::OK : ErrorToGrpc(status));
+}
+
+// For a call that has asked its context for no reactor: each request makes another.
 inline grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context,
                                        const absl::Status& status) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(status.ok() ? grpc::Status::OK : ErrorToGrpc(status));
+  Finish(*reactor, status);
   return reactor;
 }
 
