@@ -280,17 +280,21 @@ class Selection {
     if (!status.ok() || !step.gathers()) return status;
     Session& session = *step.session;
     session.slots_mu.AssertHeld();
-    const RowSlots& slots = session.slots;
-    step.all_rows_move = step.spec->gather->generation == 0 ||
-                         slots.generation != step.spec->gather->generation ||
-                         slots.first_layer != step.selection.first_layer ||
-                         slots.num_layers != step.num_layers() || slots.num_rows != step.num_rows();
+    step.all_rows_move = !Fits(session.slots, step);
     if (!step.all_rows_move || !step.gathers_inline()) return status;
     int64_t rows = 0;
     for (int32_t place = 0; place < step.num_layers(); ++place) {
       if (!step.dense(place)) rows += step.layer_rows();
     }
     return TakeAnswer(step, rows * step.row_bytes(), kInsteadOfRows);
+  }
+
+  // Whether the caller's rows are those that the slots tell of.
+  static bool Fits(const RowSlots& slots, const Step& step) {
+    const uint64_t generation = step.spec->gather->generation;
+    return generation != 0 && slots.generation == generation &&
+           slots.first_layer == step.selection.first_layer &&
+           slots.num_layers == step.num_layers() && slots.num_rows == step.num_rows();
   }
 
   static int64_t NumPages(const Step& step) {
