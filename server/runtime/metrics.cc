@@ -22,7 +22,7 @@ const prometheus::Histogram::BucketBoundaries& SecondsBuckets() {
 // A decode step is short: a Select is meant to take tens of microseconds.
 const prometheus::Histogram::BucketBoundaries& SelectBuckets() {
   static const auto& buckets = *new prometheus::Histogram::BucketBoundaries{
-      1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3, 2.56e-3, 5.12e-3, 0.01, 0.1, 1};
+      1e-5, 2.5e-5, 5e-5, 7.5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.1, 1};
   return buckets;
 }
 
