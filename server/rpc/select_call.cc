@@ -7,9 +7,9 @@
 
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
+#include "server/rpc/result_adapter.h"
 #include "server/rpc/select_adapter.h"
 #include "server/rpc/session_adapter.h"
-#include "server/rpc/unary.h"
 #include "server/runtime/log.h"
 #include "server/runtime/select_work.h"
 
@@ -22,7 +22,9 @@ constexpr int64_t kAnswerOverheadBytes = 1024;
 struct SelectCall {
   Services& services;
   v1::SelectResponse& response;
-  grpc::CallbackServerContext& context;
+  const grpc::CallbackServerContext& context;
+  grpc::ServerUnaryReactor&
+      reactor;  // the context's default one, which it makes anew when asked again
   absl::Time started;
   std::vector<StepSpec> steps;
   std::vector<SessionUse> sessions;
@@ -46,7 +48,7 @@ void Finish(const SelectCall& call, const absl::Status& status) {
   const double seconds = absl::ToDoubleSeconds(absl::Now() - call.started);
   call.services.metrics.Finished(
       {.method = "Select", .code = CodeName(status.code()), .seconds = seconds});
-  Reply(&call.context, status);
+  call.reactor.Finish(status.ok() ? grpc::Status::OK : ErrorToGrpc(status));
 }
 
 void Record(const SelectCall& call, const SelectResult& result) {
@@ -102,13 +104,14 @@ void Run(SelectCall call, Backend& backend, Stream& stream) {
 grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRequest& request,
                                           v1::SelectResponse& response,
                                           grpc::CallbackServerContext& context) {
+  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
   SelectCall call = {.services = services,
                      .response = response,
                      .context = context,
+                     .reactor = *reactor,
                      .started = absl::Now(),
                      .steps = {},
                      .sessions = {}};
-  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
   if (absl::Status status = Prepare(request, call); !status.ok()) {
     call.sessions.clear();
     Finish(call, status);
