@@ -63,7 +63,7 @@ grpc::ServerUnaryReactor* MemoryService::Register(grpc::CallbackServerContext* c
   if (!registration.ok()) return Reply(context, registration.status());
   // Mapping and pinning take as long as the region is large: not on gRPC's thread.
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  services_.executor.Submit([this, context, response, registration = *std::move(registration)](
+  services_.executor.Submit([this, reactor, response, registration = *std::move(registration)](
                                 Backend& /*backend*/, Stream& /*stream*/) {
     const absl::StatusOr<RegionStore::Info> info = services_.regions.Register(registration);
     if (info.ok()) {
@@ -72,7 +72,7 @@ grpc::ServerUnaryReactor* MemoryService::Register(grpc::CallbackServerContext* c
       Log(LogLevel::kInfo, "region registered",
           {{"region", std::string_view(info->name)}, {"bytes", info->byte_size}});
     }
-    Reply(context, info.status());
+    reactor->Finish(info.ok() ? grpc::Status::OK : ErrorToGrpc(info.status()));
   });
   return reactor;
 }

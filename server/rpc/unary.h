@@ -9,6 +9,7 @@
 
 namespace dynsplit::rpc {
 
+// Only where the context has not been asked for its reactor yet: it makes it anew each time.
 inline grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context,
                                        const absl::Status& status) {
   grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
