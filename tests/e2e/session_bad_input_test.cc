@@ -563,7 +563,7 @@ std::vector<RegionCase> RegionCases() {
        [](R& r) { r.mutable_posix_shm()->set_key(std::string(201, 'k')); }},
       {"NoSuchObject", kMissing, "dynsplit-nobody",
        [](R& r) { r.mutable_posix_shm()->set_key("dynsplit-nobody"); }},
-      {"NoKind", kInvalid, "kind", [](R& r) { r.clear_kind(); }},
+      {"NoKind", kInvalid, "posix_shm", [](R& r) { r.clear_kind(); }},
       {"MemFd", Code::kUnimplemented, "", [](R& r) { r.mutable_memfd(); }},
       {"CudaIpc", Code::kUnimplemented, "",
        [](R& r) {
