@@ -116,7 +116,7 @@ _CLASSES: dict[str, type[DynSplitError]] = {
 
 
 @functools.cache
-def _message_class(name: str) -> Any:
+def message_class(name: str) -> Any:
     """Class of google.rpc.`name`, from a pool of our own.
 
     The default pool may hold google.rpc already, from a package whose files differ from ours.
@@ -139,10 +139,10 @@ def _details(trailers: Any) -> dict[str, Any]:
     details: dict[str, Any] = {}
     if packed is None:
         return details
-    for entry in _message_class("Status").FromString(packed).details:
+    for entry in message_class("Status").FromString(packed).details:
         name = entry.type_url.rpartition("/google.rpc.")[2]
         try:
-            details[name] = _message_class(name).FromString(entry.value)
+            details[name] = message_class(name).FromString(entry.value)
         except KeyError:  # a detail of a later server
             continue
     return details
