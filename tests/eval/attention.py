@@ -59,16 +59,13 @@ def over_rows(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 class FullAttention:
     """All of KV, in this process: the baseline."""
 
-    def __init__(
-        self, shape: Shape, batch: int, num_tokens: int, room: int, like: Tensor
-    ) -> None:
+    def __init__(self, shape: Shape, batch: int, num_tokens: int, room: int, like: Tensor) -> None:
         """Room for num_tokens + room tokens a sequence, in the type and on the device of `like`."""
         self.tail = 0
         self._length, self._room = num_tokens, room
         size = (2, batch, shape.num_kv_heads, num_tokens + room, shape.head_dim)
         self._cache = [
-            torch.empty(size, dtype=like.dtype, device=like.device)
-            for _ in range(shape.num_layers)
+            torch.empty(size, dtype=like.dtype, device=like.device) for _ in range(shape.num_layers)
         ]
 
     def load(self, sequence: int, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -111,6 +108,10 @@ class Options:
     budget: int | None = None  # tokens a KV head; None = all
     exact: bool = False  # one Select a layer with its own queries; else one a step, a step ahead
     append_every: int = APPEND_EVERY
+    # Select's queries are sqrt(1 - drift^2) of those it was primed with and drift of the step's own;
+    # 1 = the step's own. Less than 1 gives random weights the likeness that a real model's successive
+    # queries have.
+    drift: float = 1.0
 
 
 class SessionAttention:
@@ -132,7 +133,9 @@ class SessionAttention:
         self.times = Times()
         self.shape, self.options = shape, options
         self._client, self._sessions = client, list(sessions)
-        self.length, self._pending = num_tokens, []
+        self.length = num_tokens
+        self._pending: list[Tensor] = []
+        self._primed: Tensor | None = None
         self._synchronize = torch.cuda.synchronize if like.is_cuda else lambda: None
         batch, heads, dim = len(sessions), shape.num_kv_heads, shape.head_dim
         self.max_rows = options.budget or num_tokens + room
@@ -150,17 +153,25 @@ class SessionAttention:
 
     def prime(self, queries: Tensor) -> None:
         """Selects for the first step, by queries [b, L, Hq, D] (the prompt's last)."""
+        self._primed = queries.clone()
         self.queries.tensor[:, :, 0] = queries
         self.select(0, self.shape.num_layers)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `Attention.attend`."""
-        self.queries.tensor[:, layer, 0] = q
+        self.queries.tensor[:, layer, 0] = self._drifted(layer, q)
         self.tail_keys.tensor[layer, :, self.tail] = k
         self.tail_values.tensor[layer, :, self.tail] = v
         if self.options.exact:
             self.select(layer, 1)
         return self.read(layer, q)
+
+    def _drifted(self, layer: int, q: Tensor) -> Tensor:
+        drift = self.options.drift
+        if drift >= 1.0:
+            return q
+        assert self._primed is not None
+        return (1.0 - drift * drift) ** 0.5 * self._primed[:, layer] + drift * q
 
     def end_step(self, token_ids: Tensor) -> None:
         """Appends when the tail is full, and (speculatively) selects for the next step."""
@@ -243,9 +254,7 @@ class GatheredAttention(SessionAttention):
         engine: Engine | None = None,
     ) -> None:
         """See `SessionAttention`; with `engine` its kernel attends, else torch."""
-        super().__init__(
-            client, buffers, shape, sessions, num_tokens, like, options, room
-        )
+        super().__init__(client, buffers, shape, sessions, num_tokens, like, options, room)
         row_elements = shape.num_layers * shape.num_kv_heads * shape.head_dim
         slots = (len(sessions), self.max_rows * row_elements)
         self._keys = buffers.allocate(like.dtype, *slots)
@@ -324,9 +333,7 @@ class MappedAttention(SessionAttention):
         engine: Engine,
     ) -> None:
         """Maps the sessions; `close` unmaps them."""
-        super().__init__(
-            client, buffers, shape, sessions, num_tokens, like, options, room
-        )
+        super().__init__(client, buffers, shape, sessions, num_tokens, like, options, room)
         self._engine = engine
         rows = shape.num_layers * shape.num_kv_heads * self.max_rows
         self._tokens = buffers.allocate(torch.int32, len(sessions), rows)

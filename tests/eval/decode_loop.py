@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the tokens that is read")
     parser.add_argument("--window", type=int, default=32, help="steps between appends")
     parser.add_argument("--drift", type=float, default=0.3, help="see whole_step.py")
-    parser.add_argument("--host-gib", type=float, default=64, help="pinned memory --step may ask for")
+    parser.add_argument(
+        "--host-gib", type=float, default=64, help="pinned memory --step may ask for"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model in --step and --naive")
     parser.add_argument("--long-tokens", type=int, default=1_000_000)
     return parser

@@ -427,15 +427,17 @@ class SessionClient:
 
     def select(self, steps: Sequence[Step]) -> list[Selection]:
         """Chooses what the next step should read, for all given sessions at once."""
-        response = self.select_message(
-            sessions_pb2.SelectRequest(
-                tenant=self._tenant, sequences=[step.to_proto() for step in steps]
-            )
-        )
+        response = self.select_message(self.select_request(steps))
         return [
             self._selection(step, answer)
             for step, answer in zip(steps, response.sequences, strict=True)
         ]
+
+    def select_request(self, steps: Sequence[Step]) -> sessions_pb2.SelectRequest:
+        """The message of `select`."""
+        return sessions_pb2.SelectRequest(
+            tenant=self._tenant, sequences=[step.to_proto() for step in steps]
+        )
 
     def select_message(self, request: sessions_pb2.SelectRequest) -> sessions_pb2.SelectResponse:
         """As `select`, message to message: for engines that keep one request and change fields."""
