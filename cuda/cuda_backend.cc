@@ -4,6 +4,8 @@
 #include <cuda_runtime_api.h>
 
 #include <memory>
+#include <string>
+#include <string_view>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -11,6 +13,7 @@
 #include "absl/synchronization/mutex.h"
 #include "cuda/cuda_status.h"
 #include "cuda/device_memory.h"
+#include "cuda/imported_memory.h"
 #include "cuda/operations.h"
 #include "server/pipeline/errors.h"
 
@@ -77,6 +80,7 @@ class CudaBackend : public Backend {
         limits_(limits),
         pool_(std::move(pool)),
         pinned_(std::move(pinned)),
+        imported_(std::make_shared<ImportedMemory>(device)),
         fault_(std::make_shared<FaultRecord>()) {}
 
   const BackendInfo& info() const override { return info_; }
@@ -105,7 +109,7 @@ class CudaBackend : public Backend {
   absl::StatusOr<Buffer> ToDevice(const Buffer& host, Stream& stream) override {
     absl::StatusOr<Buffer> buffer = Allocate(host.size_bytes(), stream);
     if (!buffer.ok() || host.empty()) return buffer;
-    absl::Status status = Copy(buffer->data(), host, stream, cudaMemcpyHostToDevice);
+    absl::Status status = Copy(buffer->data(), host.data(), host.size_bytes(), stream);
     if (!status.ok()) return status;
     return buffer;
   }
@@ -114,9 +118,51 @@ class CudaBackend : public Backend {
     absl::StatusOr<Buffer> host = AllocateHost(device.size_bytes());
     if (!host.ok() || device.empty()) return host;
     pool_->FreeOn(device, HandleOf(stream));
-    absl::Status status = Copy(host->data(), device, stream, cudaMemcpyDeviceToHost);
+    absl::Status status = Copy(host->data(), device.data(), device.size_bytes(), stream);
     if (!status.ok()) return status;
     return host;
+  }
+
+  absl::StatusOr<Buffer> AllocateResident(int64_t size_bytes, Residence residence) override {
+    if (size_bytes < 0) {
+      return absl::InvalidArgumentError(absl::StrCat(size_bytes, " bytes of memory wanted"));
+    }
+    if (absl::Status status = Enter(); !status.ok()) return status;
+    absl::StatusOr<Buffer> buffer = residence == Residence::kDevice
+                                        ? pool_->AllocateExclusive(size_bytes)
+                                        : pinned_->AllocateExclusive(size_bytes);
+    if (!buffer.ok()) return fault_->Note(buffer.status());
+    return buffer;
+  }
+
+  absl::StatusOr<std::string> ExportHandle(const Buffer& buffer) override {
+    if (absl::Status status = Enter(); !status.ok()) return status;
+    absl::StatusOr<std::string> handle = pool_->ExportHandle(buffer);
+    if (!handle.ok()) return fault_->Note(handle.status());
+    return handle;
+  }
+
+  absl::StatusOr<Buffer> ImportHandle(std::string_view handle, int64_t offset_bytes,
+                                      int64_t size_bytes) override {
+    if (absl::Status status = Enter(); !status.ok()) return status;
+    absl::StatusOr<Buffer> buffer = imported_->Import(handle, offset_bytes, size_bytes);
+    if (!buffer.ok()) return fault_->Note(buffer.status());
+    return buffer;
+  }
+
+  absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size_bytes) override {
+    if (absl::Status status = Enter(); !status.ok()) return status;
+    absl::StatusOr<Buffer> buffer = PinMapped(device_, data, size_bytes);
+    if (!buffer.ok()) return fault_->Note(buffer.status());
+    return buffer;
+  }
+
+  absl::Status Copy(std::byte* to, const std::byte* from, int64_t size_bytes,
+                    Stream& stream) override {
+    if (absl::Status status = Enter(); !status.ok() || size_bytes == 0) return status;
+    return fault_->Note(CudaStatus(cudaMemcpyAsync(to, from, static_cast<size_t>(size_bytes),
+                                                   cudaMemcpyDefault, HandleOf(stream)->get()),
+                                   "cudaMemcpyAsync"));
   }
 
   int64_t device_bytes_in_use() const override { return pool_->bytes_in_use(); }
@@ -172,13 +218,6 @@ class CudaBackend : public Backend {
     return fault_->Note(CudaStatus(cudaSetDevice(device_), "cudaSetDevice"));
   }
 
-  absl::Status Copy(std::byte* to, const Buffer& from, Stream& stream, cudaMemcpyKind kind) {
-    return fault_->Note(
-        CudaStatus(cudaMemcpyAsync(to, from.data(), static_cast<size_t>(from.size_bytes()), kind,
-                                   HandleOf(stream)->get()),
-                   "cudaMemcpyAsync"));
-  }
-
   template <typename Params>
   absl::Status Run(absl::Status (*operation)(const Params&, const kernels::Launch&),
                    const Params& params, Stream& stream) {
@@ -196,6 +235,7 @@ class CudaBackend : public Backend {
   const DeviceLimits limits_;
   const std::shared_ptr<DevicePool> pool_;
   const std::shared_ptr<PinnedCache> pinned_;
+  const std::shared_ptr<ImportedMemory> imported_;
   const std::shared_ptr<FaultRecord> fault_;
 };
 
@@ -245,7 +285,10 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateCudaBackend(const CudaOptions& op
   absl::StatusOr<std::shared_ptr<DevicePool>> pool =
       DevicePool::Create(options.device, limit_bytes);
   if (!pool.ok()) return pool.status();
-  BackendInfo info = {.name = "cuda", .device = properties.name, .memory_bytes = limit_bytes};
+  BackendInfo info = {.name = "cuda",
+                      .device = properties.name,
+                      .memory_bytes = limit_bytes,
+                      .uuid = std::string(properties.uuid.bytes, sizeof(properties.uuid.bytes))};
   const DeviceLimits limits = {
       .num_sms = properties.multiProcessorCount,
       .max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin)};

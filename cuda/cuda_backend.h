@@ -14,7 +14,7 @@ namespace dynsplit {
 struct CudaOptions {
   int device = 0;
   int64_t memory_limit_bytes = 0;  // of device memory in live buffers; 0 = 90 % of what is free
-  int64_t pinned_limit_bytes = 0;  // of pinned host memory, cached or in use; 0 = no limit
+  int64_t pinned_limit_bytes = 0;  // of pinned host memory, cached or in use; 0 = all the host has
 };
 
 // Devices that this process can use; 0 where there is no driver.

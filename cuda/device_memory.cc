@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/device_memory.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <bit>
 #include <limits>
@@ -15,6 +17,9 @@ namespace {
 
 constexpr int64_t kRetryAfterMs = 100;
 constexpr int64_t kSmallestClassBytes = 4096;
+constexpr int64_t kDeviceGranuleBytes = int64_t{2} << 20;
+
+constexpr std::string_view kDeviceFull = "device memory (the device has no more)";
 
 absl::Status Exhausted(std::string_view what, int64_t wanted, int64_t in_use, int64_t limit) {
   return RetryLater(absl::StatusCode::kResourceExhausted,
@@ -72,20 +77,40 @@ cudaError_t DevicePool::AllocateFromPool(void** data, int64_t size_bytes, cudaSt
   return error;
 }
 
+cudaError_t DevicePool::AllocateFromDevice(void** data, int64_t size_bytes) {
+  const auto size = static_cast<size_t>((size_bytes + kDeviceGranuleBytes - 1) /
+                                        kDeviceGranuleBytes * kDeviceGranuleBytes);
+  cudaError_t error = cudaMalloc(data, size);
+  if (error != cudaErrorMemoryAllocation) return error;
+  // The pool gives back only what the device has reached the freeing of.
+  (void)cudaGetLastError();
+  error = cudaDeviceSynchronize();
+  if (error == cudaSuccess) error = cudaMemPoolTrimTo(pool_, 0);
+  if (error == cudaSuccess) error = cudaMalloc(data, size);
+  if (error == cudaErrorMemoryAllocation) (void)cudaGetLastError();
+  return error;
+}
+
+absl::Status DevicePool::Reserve(int64_t size_bytes) {
+  if (size_bytes > limit_bytes_) {
+    return Exhausted("device memory", size_bytes, bytes_in_use(), limit_bytes_);
+  }
+  const int64_t before = in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
+  if (size_bytes <= limit_bytes_ - before) return absl::OkStatus();
+  GiveBack(size_bytes);
+  return Exhausted("device memory", size_bytes, before, limit_bytes_);
+}
+
 absl::StatusOr<Buffer> DevicePool::Allocate(int64_t size_bytes,
                                             std::shared_ptr<StreamHandle> stream) {
   if (size_bytes <= 0) return Buffer();
-  const int64_t before = in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
-  if (size_bytes > limit_bytes_ - before) {
-    in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
-    return Exhausted("device memory", size_bytes, before, limit_bytes_);
-  }
+  if (absl::Status status = Reserve(size_bytes); !status.ok()) return status;
   void* memory = nullptr;
   const cudaError_t error = AllocateFromPool(&memory, size_bytes, stream->get());
   if (error != cudaSuccess) {
-    in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+    GiveBack(size_bytes);
     if (error == cudaErrorMemoryAllocation) {
-      return Exhausted("device memory (the device has no more)", size_bytes, before, limit_bytes_);
+      return Exhausted(kDeviceFull, size_bytes, bytes_in_use(), limit_bytes_);
     }
     return CudaStatus(error, "cudaMallocFromPoolAsync");
   }
@@ -96,6 +121,42 @@ absl::StatusOr<Buffer> DevicePool::Allocate(int64_t size_bytes,
   }
   return Buffer(data, size_bytes,
                 [self = shared_from_this()](std::byte* p, int64_t size) { self->Free(p, size); });
+}
+
+absl::StatusOr<Buffer> DevicePool::AllocateExclusive(int64_t size_bytes) {
+  if (size_bytes <= 0) return Buffer();
+  if (absl::Status status = Reserve(size_bytes); !status.ok()) return status;
+  void* memory = nullptr;
+  const cudaError_t error = AllocateFromDevice(&memory, size_bytes);
+  if (error != cudaSuccess) {
+    GiveBack(size_bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      return Exhausted(kDeviceFull, size_bytes, bytes_in_use(), limit_bytes_);
+    }
+    return CudaStatus(error, "cudaMalloc");
+  }
+  auto* data = static_cast<std::byte*>(memory);
+  {
+    absl::MutexLock lock(&mu_);
+    exclusive_.insert(data);
+  }
+  return Buffer(data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
+    self->FreeExclusive(p, size);
+  });
+}
+
+absl::StatusOr<std::string> DevicePool::ExportHandle(const Buffer& buffer) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (!exclusive_.contains(buffer.data())) {
+      return absl::InvalidArgumentError("not device memory that other processes may map");
+    }
+  }
+  cudaIpcMemHandle_t handle;
+  absl::Status status = RefusalStatus(cudaIpcGetMemHandle(&handle, buffer.data()),
+                                      "cudaIpcGetMemHandle", absl::StatusCode::kInternal);
+  if (!status.ok()) return status;
+  return std::string(handle.reserved, sizeof(handle.reserved));
 }
 
 void DevicePool::FreeOn(const Buffer& buffer, std::shared_ptr<StreamHandle> stream) {
@@ -114,11 +175,22 @@ void DevicePool::Free(std::byte* data, int64_t size_bytes) {
   if (stream != nullptr && cudaSetDevice(device_) == cudaSuccess) {
     (void)cudaFreeAsync(data, stream->get());
   }
-  in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+  GiveBack(size_bytes);
+}
+
+void DevicePool::FreeExclusive(std::byte* data, int64_t size_bytes) {
+  {
+    absl::MutexLock lock(&mu_);
+    exclusive_.erase(data);
+  }
+  if (cudaSetDevice(device_) == cudaSuccess) (void)cudaFree(data);
+  GiveBack(size_bytes);
 }
 
 std::shared_ptr<PinnedCache> PinnedCache::Create(int device, int64_t limit_bytes) {
-  if (limit_bytes <= 0) limit_bytes = std::numeric_limits<int64_t>::max();
+  if (limit_bytes <= 0) {
+    limit_bytes = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGE_SIZE);
+  }
   return std::shared_ptr<PinnedCache>(new PinnedCache(device, limit_bytes));
 }
 
@@ -145,32 +217,50 @@ void PinnedCache::ReleaseFreeBlocks() {
   free_.clear();
 }
 
-absl::StatusOr<std::byte*> PinnedCache::Take(int64_t class_bytes) {
+absl::Status PinnedCache::ReservePinned(int64_t size_bytes) {
   absl::MutexLock lock(&mu_);
-  const auto cached = free_.find(class_bytes);
-  if (cached != free_.end()) {
-    std::byte* const block = cached->second.back();
-    cached->second.pop_back();
-    if (cached->second.empty()) free_.erase(cached);
-    return block;
+  if (size_bytes > limit_bytes_ - pinned_bytes_) ReleaseFreeBlocks();
+  if (size_bytes > limit_bytes_ - pinned_bytes_) {
+    return Exhausted("pinned host memory", size_bytes, pinned_bytes_, limit_bytes_);
   }
-  if (class_bytes > limit_bytes_ - pinned_bytes_) ReleaseFreeBlocks();
-  if (class_bytes > limit_bytes_ - pinned_bytes_) {
-    return Exhausted("pinned host memory", class_bytes, pinned_bytes_, limit_bytes_);
-  }
+  pinned_bytes_ += size_bytes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> PinnedCache::Pin(int64_t size_bytes) {
   absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
+  if (status.ok()) status = ReservePinned(size_bytes);
   if (!status.ok()) return status;
   void* memory = nullptr;
-  const cudaError_t error =
-      cudaHostAlloc(&memory, static_cast<size_t>(class_bytes), cudaHostAllocPortable);
-  if (error == cudaErrorMemoryAllocation) {
-    (void)cudaGetLastError();
-    return Exhausted("pinned host memory (the host has no more)", class_bytes, pinned_bytes_,
-                     limit_bytes_);
+  const cudaError_t error = cudaHostAlloc(&memory, static_cast<size_t>(size_bytes),
+                                          cudaHostAllocPortable | cudaHostAllocMapped);
+  if (error == cudaSuccess) return static_cast<std::byte*>(memory);
+  absl::MutexLock lock(&mu_);
+  pinned_bytes_ -= size_bytes;
+  if (error != cudaErrorMemoryAllocation) return CudaStatus(error, "cudaHostAlloc");
+  (void)cudaGetLastError();
+  return Exhausted("pinned host memory (the host has no more)", size_bytes, pinned_bytes_,
+                   limit_bytes_);
+}
+
+void PinnedCache::Unpin(std::byte* data, int64_t size_bytes) {
+  if (cudaSetDevice(device_) == cudaSuccess) (void)cudaFreeHost(data);
+  absl::MutexLock lock(&mu_);
+  pinned_bytes_ -= size_bytes;
+}
+
+absl::StatusOr<std::byte*> PinnedCache::Take(int64_t class_bytes) {
+  {
+    absl::MutexLock lock(&mu_);
+    const auto cached = free_.find(class_bytes);
+    if (cached != free_.end()) {
+      std::byte* const block = cached->second.back();
+      cached->second.pop_back();
+      if (cached->second.empty()) free_.erase(cached);
+      return block;
+    }
   }
-  if (error != cudaSuccess) return CudaStatus(error, "cudaHostAlloc");
-  pinned_bytes_ += class_bytes;
-  return static_cast<std::byte*>(memory);
+  return Pin(class_bytes);
 }
 
 void PinnedCache::Return(std::byte* data, int64_t class_bytes) {
@@ -185,6 +275,17 @@ absl::StatusOr<Buffer> PinnedCache::Allocate(int64_t size_bytes) {
   in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
   return Buffer(*data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
     self->Return(p, ClassBytes(size));
+    self->in_use_bytes_.fetch_sub(size, std::memory_order_relaxed);
+  });
+}
+
+absl::StatusOr<Buffer> PinnedCache::AllocateExclusive(int64_t size_bytes) {
+  if (size_bytes <= 0) return Buffer();
+  absl::StatusOr<std::byte*> data = Pin(size_bytes);
+  if (!data.ok()) return data.status();
+  in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
+  return Buffer(*data, size_bytes, [self = shared_from_this()](std::byte* p, int64_t size) {
+    self->Unpin(p, size);
     self->in_use_bytes_.fetch_sub(size, std::memory_order_relaxed);
   });
 }

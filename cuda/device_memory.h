@@ -12,10 +12,12 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
@@ -41,7 +43,8 @@ class StreamHandle {
   const cudaStream_t stream_;
 };
 
-// Stream-ordered device memory from a pool of our own, capped by the bytes in live buffers.
+// Device memory, capped by the bytes in live buffers: stream-ordered from a pool of our own, or in
+// allocations of their own.
 class DevicePool : public std::enable_shared_from_this<DevicePool> {
  public:
   static absl::StatusOr<std::shared_ptr<DevicePool>> Create(int device, int64_t limit_bytes);
@@ -51,6 +54,12 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
 
   // RESOURCE_EXHAUSTED beyond the cap, or when the device has no more.
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, std::shared_ptr<StreamHandle> stream);
+  // An allocation of its own, that other processes may map; takes back what the pool has cached
+  // where the device has no more. Freeing it waits for all work of the device (cudaFree). Takes
+  // whole multiples of 2 MiB of the device, because a handle names all of the granules it touches.
+  absl::StatusOr<Buffer> AllocateExclusive(int64_t size_bytes);
+  // cudaIpcMemHandle_t of what AllocateExclusive returned, 64 bytes. INVALID_ARGUMENT for all else.
+  absl::StatusOr<std::string> ExportHandle(const Buffer& buffer);
   // From now on `buffer` is freed in the order of `stream`, which uses it last. No effect on
   // buffers of others.
   void FreeOn(const Buffer& buffer, std::shared_ptr<StreamHandle> stream);
@@ -61,8 +70,14 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
  private:
   DevicePool(int device, int64_t limit_bytes, cudaMemPool_t pool)
       : device_(device), limit_bytes_(limit_bytes), pool_(pool) {}
+  absl::Status Reserve(int64_t size_bytes);
+  void GiveBack(int64_t size_bytes) {
+    in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
+  }
   cudaError_t AllocateFromPool(void** data, int64_t size_bytes, cudaStream_t stream);
+  cudaError_t AllocateFromDevice(void** data, int64_t size_bytes);
   void Free(std::byte* data, int64_t size_bytes);
+  void FreeExclusive(std::byte* data, int64_t size_bytes);
 
   const int device_;
   const int64_t limit_bytes_;
@@ -70,19 +85,22 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   std::atomic<int64_t> in_use_bytes_ = 0;
   absl::Mutex mu_;
   absl::flat_hash_map<const std::byte*, std::shared_ptr<StreamHandle>> owners_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_set<const std::byte*> exclusive_ ABSL_GUARDED_BY(mu_);
 };
 
-// Pinned host memory behind a cache of size classes: pinning costs as much as copying, so blocks
-// are pinned once and reused.
+// Pinned host memory, behind a cache of size classes for what comes and goes: pinning costs as much
+// as copying, so blocks are pinned once and reused.
 class PinnedCache : public std::enable_shared_from_this<PinnedCache> {
  public:
-  // limit_bytes 0 = no limit.
+  // limit_bytes 0 = the host's physical memory.
   static std::shared_ptr<PinnedCache> Create(int device, int64_t limit_bytes);
   ~PinnedCache();
   PinnedCache(const PinnedCache&) = delete;
   PinnedCache& operator=(const PinnedCache&) = delete;
 
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes);
+  // Exactly this size, unpinned with the buffer. Against the same limit.
+  absl::StatusOr<Buffer> AllocateExclusive(int64_t size_bytes);
   int64_t bytes_in_use() const { return in_use_bytes_.load(std::memory_order_relaxed); }
 
   // Size that a request is rounded up to: at most a quarter more, at least 4 KiB.
@@ -92,6 +110,10 @@ class PinnedCache : public std::enable_shared_from_this<PinnedCache> {
   PinnedCache(int device, int64_t limit_bytes) : device_(device), limit_bytes_(limit_bytes) {}
   absl::StatusOr<std::byte*> Take(int64_t class_bytes);
   void Return(std::byte* data, int64_t class_bytes);
+  // Takes room under the limit, then pins; not under the lock, since pinning takes seconds a GiB.
+  absl::StatusOr<std::byte*> Pin(int64_t size_bytes) ABSL_LOCKS_EXCLUDED(mu_);
+  absl::Status ReservePinned(int64_t size_bytes) ABSL_LOCKS_EXCLUDED(mu_);
+  void Unpin(std::byte* data, int64_t size_bytes) ABSL_LOCKS_EXCLUDED(mu_);
   void ReleaseFreeBlocks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const int device_;

@@ -31,26 +31,42 @@ struct Pages {
   bool kept_per_head;
   bool aligned;  // HasAlignedChunks(source)
   RotationTable rotation;
-  void* pages;
+  std::byte* pages;
+  int64_t slot_stride_bytes;
+  int64_t head_stride_bytes;
+  bool dense;        // rows of all slots and heads are consecutive
+  bool out_aligned;  // every output chunk may be written with one access
   float* scales;
+  int64_t scale_slot_stride;  // of scales per token
+  int64_t scale_head_stride;
 };
 
 // Token in slot `slot` of head `h`. Requires: slot < num_kept.
 __device__ int64_t TokenAt(const Pages& p, int64_t slot, int h) {
+  if (p.kept == nullptr) return slot;
   return p.kept[(p.kept_per_head ? h * p.num_kept : 0) + slot];
+}
+
+__device__ std::byte* OutputRow(const Pages& p, int64_t slot, int h) {
+  return p.pages + slot * p.slot_stride_bytes + h * p.head_stride_bytes;
+}
+
+__device__ float* TokenScale(const Pages& p, int64_t slot, int h) {
+  return p.scales + slot * p.scale_slot_stride + h * p.scale_head_stride;
 }
 
 // ---- copies ------------------------------------------------------------------------------------
 
-// Each block copies `slots_per_block` slots of all heads; output units are consecutive.
-template <typename Vector>
+// Each block copies `slots_per_block` slots of all heads, in the order of a dense output:
+// consecutive units, which need no addresses of their own.
+template <typename Vector, bool kDense>
 __global__ void __launch_bounds__(kThreads)
     CopyPagesKernel(Pages p, uint32_t row_vectors, int slots_per_block) {
   const auto heads = static_cast<uint32_t>(p.source.num_heads);
   const int64_t first_slot = static_cast<int64_t>(blockIdx.x) * slots_per_block;
   const int64_t slots = min(static_cast<int64_t>(slots_per_block), p.num_slots - first_slot);
   const uint32_t units = static_cast<uint32_t>(slots) * heads * row_vectors;
-  Vector* const out = static_cast<Vector*>(p.pages) + first_slot * heads * row_vectors;
+  Vector* const out = reinterpret_cast<Vector*>(p.pages) + first_slot * heads * row_vectors;
   for (uint32_t base = threadIdx.x; base < units; base += kThreads * kUnitsPerThread) {
     Vector values[kUnitsPerThread] = {};  // all loads are in flight before the first store
 #pragma unroll
@@ -69,7 +85,16 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kUnitsPerThread; ++i) {
       const uint32_t unit = base + i * kThreads;
-      if (unit < units) out[unit] = values[i];
+      if (unit >= units) continue;
+      if constexpr (kDense) {
+        out[unit] = values[i];
+      } else {
+        const uint32_t row = unit / row_vectors;
+        const uint32_t local_slot = row / heads;
+        const auto h = static_cast<int>(row - local_slot * heads);
+        reinterpret_cast<Vector*>(
+            OutputRow(p, first_slot + local_slot, h))[unit - row * row_vectors] = values[i];
+      }
     }
   }
 }
@@ -84,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) CopyScalesKernel(Pages p, int64_t co
   }
   const int64_t slot = i / p.source.num_heads;
   const auto h = static_cast<int>(i - slot * p.source.num_heads);
-  p.scales[i] = slot < p.num_kept ? RowScale(p.source, TokenAt(p, slot, h), h) : 1.0F;
+  *TokenScale(p, slot, h) = slot < p.num_kept ? RowScale(p.source, TokenAt(p, slot, h), h) : 1.0F;
 }
 
 // Widest vector that divides every address and the row.
@@ -92,7 +117,7 @@ int64_t VectorBytes(const Pages& p) {
   const TensorView& source = p.source;
   int64_t bits = reinterpret_cast<intptr_t>(source.data) | source.token_stride_bytes |
                  source.head_stride_bytes | source.head_dim * DTypeBytes(source.dtype) |
-                 reinterpret_cast<intptr_t>(p.pages);
+                 reinterpret_cast<intptr_t>(p.pages) | p.slot_stride_bytes | p.head_stride_bytes;
   if (source.block_table != nullptr) bits |= source.page_stride_bytes;
   int64_t bytes = 16;
   while (bits % bytes != 0) bytes /= 2;
@@ -106,8 +131,9 @@ void LaunchCopy(const Pages& p, cudaStream_t stream) {
   const int64_t slots_per_block =
       std::max<int64_t>(1, kThreads * kUnitsPerThread / (row_vectors * p.source.num_heads));
   const auto grid = static_cast<unsigned>(CeilDiv(p.num_slots, slots_per_block));
-  CopyPagesKernel<Vector><<<grid, kThreads, 0, stream>>>(p, static_cast<uint32_t>(row_vectors),
-                                                         static_cast<int>(slots_per_block));
+  const auto kernel = p.dense ? CopyPagesKernel<Vector, true> : CopyPagesKernel<Vector, false>;
+  kernel<<<grid, kThreads, 0, stream>>>(p, static_cast<uint32_t>(row_vectors),
+                                        static_cast<int>(slots_per_block));
 }
 
 absl::Status CopyPages(const Pages& p, const Launch& launch) {
@@ -276,7 +302,17 @@ __device__ void Encode(float value, float scale, int8_t* out) {
   *out = static_cast<int8_t>(fminf(fmaxf(code, -kInt8Max), kInt8Max));
 }
 
-// A lane group writes one row (slot, head); rows of a block are consecutive in the output.
+template <typename Out>
+__device__ void StoreChunk(std::byte* address, const Chunk<Out>& chunk, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<Chunk<Out>*>(address) = chunk;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) reinterpret_cast<Out*>(address)[i] = chunk.values[i];
+}
+
+// A lane group writes one row (slot, head); rows of a block are consecutive in a dense output.
 template <typename T, typename Out>
 __global__ void __launch_bounds__(kThreads)
     EncodePagesKernel(Pages p, int lanes, bool scale_per_token) {
@@ -293,21 +329,21 @@ __global__ void __launch_bounds__(kThreads)
   if constexpr (kScaled) {
     if (scale_per_token) {
       scale = ScaleOf<Out>(GroupMax(Amax(values), lanes));
-      if (lane == 0 && slot < p.num_slots) p.scales[row] = scale;
+      if (lane == 0 && slot < p.num_slots) *TokenScale(p, slot, h) = scale;
     } else {
       scale = p.scales[h];
     }
   }
   if (slot >= p.num_slots) return;
-  const int chunks = p.source.head_dim / kChunk;
+  std::byte* const out = OutputRow(p, slot, h);
 #pragma unroll
   for (int part = 0; part < kMaxChunksPerLane; ++part) {
     const int chunk = lane + part * lanes;
-    if (chunk < chunks) {
+    if (chunk * kChunk < p.source.head_dim) {
       Chunk<Out> codes;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) Encode(values[part][i], scale, &codes.values[i]);
-      static_cast<Chunk<Out>*>(p.pages)[row * chunks + chunk] = codes;
+      StoreChunk(out + chunk * static_cast<int>(sizeof(codes.values)), codes, p.out_aligned);
     }
   }
 }
@@ -351,10 +387,16 @@ absl::Status EncodePages(const Pages& p, ScaleGranularity granularity, const Lau
   return LaunchStatus("EncodePagesKernel");
 }
 
-}  // namespace
-
-absl::Status GatherPages(const GatherPagesParams& params, const Launch& launch) {
-  const Pages p = {
+// Addresses of input and output; zero strides are those of a dense output.
+Pages PlanPages(const GatherPagesParams& params) {
+  const int64_t heads = params.source.num_heads;
+  const int64_t element_bytes = DTypeBytes(params.out_dtype);
+  const int64_t row_bytes = params.source.head_dim * element_bytes;
+  const auto or_dense = [](int64_t stride, int64_t dense) { return stride != 0 ? stride : dense; };
+  const int64_t slot_stride = or_dense(params.slot_stride_bytes, heads * row_bytes);
+  const int64_t head_stride = or_dense(params.head_stride_bytes, row_bytes);
+  const int64_t bits = reinterpret_cast<intptr_t>(params.pages) | slot_stride | head_stride;
+  return {
       .source = params.source,
       .kept = params.kept,
       .num_kept = params.num_kept,
@@ -362,9 +404,21 @@ absl::Status GatherPages(const GatherPagesParams& params, const Launch& launch) 
       .kept_per_head = params.groups > 1,
       .aligned = HasAlignedChunks(params.source),
       .rotation = params.rotation,
-      .pages = params.pages,
+      .pages = static_cast<std::byte*>(params.pages),
+      .slot_stride_bytes = slot_stride,
+      .head_stride_bytes = head_stride,
+      .dense = slot_stride == heads * row_bytes && head_stride == row_bytes,
+      .out_aligned = bits % std::min<int64_t>(kChunk * element_bytes, 16) == 0,
       .scales = params.scales,
+      .scale_slot_stride = params.scale_head_stride != 0 ? 1 : heads,
+      .scale_head_stride = or_dense(params.scale_head_stride, 1),
   };
+}
+
+}  // namespace
+
+absl::Status GatherPages(const GatherPagesParams& params, const Launch& launch) {
+  const Pages p = PlanPages(params);
   if (p.num_slots == 0) return absl::OkStatus();
   if (params.format == Format::kFloat8E4M3) {
     return EncodePages<E4M3>(p, params.scale_granularity, launch);

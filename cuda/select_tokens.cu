@@ -17,6 +17,7 @@
 
 #include "cuda/cuda_status.h"
 #include "cuda/operations.h"
+#include "cuda/ordered_score.cuh"
 #include "cuda/tensor.cuh"
 
 namespace dynsplit::kernels {
@@ -26,14 +27,6 @@ constexpr int kThreads = 256;
 constexpr int kScoreBits = 32;
 constexpr int kRadixBits = 8;
 constexpr int kRadixBins = 1 << kRadixBits;
-
-// Unsigned integers in the order of scores: NaN as -infinity, -0 as 0.
-__device__ uint32_t OrderedScore(float score) {
-  if (isnan(score)) score = -INFINITY;
-  if (score == 0) score = 0;
-  const uint32_t bits = __float_as_uint(score);
-  return (bits & 0x80000000U) != 0 ? ~bits : bits | 0x80000000U;
-}
 
 struct Selection {
   SelectTokensParams params;

@@ -13,11 +13,11 @@ bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
 
-for name in gpu_tests bench_gpu dynsplitd dynsplit; do
+for name in gpu_tests bench_gpu bench_decode bench_select dynsplitd dynsplit; do
   path=$(find "$build" -type f -executable -name "$name" | head -n 1)
   if [ -z "$path" ]; then
     echo "bundle.sh: $name is not built in $build" >&2
-    case $name in gpu_tests | bench_gpu) exit 1 ;; *) continue ;; esac
+    case $name in gpu_tests | bench_*) exit 1 ;; *) continue ;; esac
   fi
   strip -o "$bundle/bin/$name" "$path"
 done
@@ -27,8 +27,9 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
   install -m 755 "$(realpath "$library")" "$bundle/lib/$(basename "$library")"
   strip "$bundle/lib/$(basename "$library")"
 done
-mkdir -p "$bundle/tests/judges"
+mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
 cp tests/gpu.sh tests/service_parity.sh "$bundle/tests/"
+cp tests/bench/select.sh "$bundle/tests/bench/"
 cp tests/judges/compare_results.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
 rm -rf "$target"

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# The GPU's tests, sanitizers and benchmark, from an unpacked bundle (tests/bundle.sh) on a machine
-# with an NVIDIA GPU. Builds nothing. Logs go to ${OUT:-.}; a table comes last. Exits non-zero if
-# anything failed. `STEPS="tests bench"` runs a part.
+# The GPU's tests, sanitizers and benchmarks, from an unpacked bundle (tests/bundle.sh) on a machine
+# with an NVIDIA GPU. Builds nothing. Logs go to ${OUT:-.}; what they come to is printed at the end:
+# the benchmarks' tables, then which steps passed. Exits non-zero if anything failed.
+# `STEPS="tests bench"` runs a part.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 out=${OUT:-.}
-steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench}
+steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench decode select}
 mkdir -p "$out"
 
 # Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
@@ -16,7 +17,7 @@ small="two_tokens gqa3_d64_padded gqa4_d96_partial_rope gqa2_d256 mha_d512 float
   float16_paged e4m3_token_scales_paged e5m2_padded int8_token_scales kernel_longer_than_prefix"
 filter=""
 for shape in $small; do filter="$filter:CudaParity.*/$shape"; done
-filter="${filter#:}:CudaBackendTest.*:-*SelectAdversarial/gqa*"
+filter="${filter#:}:CudaParity.Copies:CudaParity.ResidentLimits:CudaBackendTest.*:-*SelectAdversarial/gqa*"
 
 names=() results=() seconds=()
 failed=0
@@ -34,20 +35,27 @@ sanitize() {  # sanitize TOOL LIMIT_S FILTER
     bin/gpu_tests --gtest_filter="$3"
 }
 # racecheck is slower by far, and needs only one shape a kernel: 16-bit and fp32 paths, small and large depth.
-race="CudaParity.*/gqa3_d64_padded:CudaParity.*/gqa2_d256:CudaParity.*/e4m3_token_scales_paged:-*SelectAdversarial*"
+# Selection and what reads it also at the depth of most models, which has kernels of its own.
+race="CudaParity.*/gqa3_d64_padded:CudaParity.*/gqa2_d256:CudaParity.*/e4m3_token_scales_paged"
+for operation in ScoreBlocks SelectBlocks AttendTokens RefreshRows; do race="$race:CudaParity.$operation/gqa4_d128"; done
+race="$race:-*SelectAdversarial*"
 
 step tests 300 bin/gpu_tests --gtest_brief=1
 step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
 for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
 sanitize racecheck 280 "$race"
 step bench 200 bin/bench_gpu
+step decode 200 bin/bench_decode
+step select 280 tests/bench/select.sh bin/dynsplitd bin/bench_select --ipc --tokens 131072 --layers 32
 
-[ -f "$out/bench.log" ] && cat "$out/bench.log"
+if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -20 | cut -c 1-100; fi
 for name in "${names[@]}"; do
-  if [ "$name" = service ]; then cat "$out/service.log"; fi
-  [ "$name" != bench ] && tail -n 3 "$out/$name.log" | sed "s/^/$name: /"
+  case $name in
+    bench | decode | select) printf '== %s\n' "$name"; head -n 60 "$out/$name.log" | cut -c 1-150 ;;
+    service) tail -n 8 "$out/service.log" | cut -c 1-150 ;;
+    *) tail -n 2 "$out/$name.log" | cut -c 1-150 | sed "s/^/$name: /" ;;
+  esac
 done
-if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -40; fi
 printf '\n%-12s %8s  %s\n' step seconds result
 for i in "${!names[@]}"; do printf '%-12s %8s  %s\n' "${names[$i]}" "${seconds[$i]}" "${results[$i]}"; done
 exit $failed

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "server/cpu/attention_tile.h"
-#include "server/cpu/decode.h"
 #include "server/cpu/tensor.h"
 
 namespace dynsplit::cpu {
@@ -28,13 +27,13 @@ class Outputs {
       : p_(params),
         workspace_(workspace),
         finish_(finish),
-        dim_(params.keys.head_dim),
+        dim_(params.head_dim),
         columns_(params.rows.max_columns()),
-        with_values_(params.values.data != nullptr),
+        with_values_(params.with_values),
         state_floats_((kOutputRow + (with_values_ ? dim_ : 0)) * columns_) {
-    const int64_t tiles = CeilDiv(p_.keys.num_tokens, kTileRows);
+    const int64_t tiles = CeilDiv(p_.num_keys, kTileRows);
     chunk_keys_ = std::max(kMinChunkTiles, CeilDiv(tiles, kMaxChunks)) * kTileRows;
-    num_chunks_ = CeilDiv(p_.keys.num_tokens, chunk_keys_);
+    num_chunks_ = CeilDiv(p_.num_keys, chunk_keys_);
   }
 
   absl::Status Run();
@@ -85,7 +84,7 @@ class Outputs {
 
 absl::Status Outputs::Run() {
   const int64_t per_head = p_.rows.blocks_per_set();
-  const int64_t num_heads = p_.keys.num_heads;
+  const auto num_heads = static_cast<int64_t>(p_.rows.blocks().size()) / per_head;
   const int64_t head_floats = per_head * num_chunks_ * state_floats_;
   const int64_t batch_heads = std::clamp<int64_t>(kBatchBytes / (head_floats * 4), 1, num_heads);
   auto scratch = workspace_.Scratch<float>(workspace_.threads.num_slots() * SlotFloats());
@@ -108,7 +107,7 @@ absl::Status Outputs::Run() {
 
 void Outputs::AttendChunk(int64_t head, int64_t chunk, const Scratch& scratch) const {
   const int64_t per_head = p_.rows.blocks_per_set();
-  const int64_t end = std::min((chunk + 1) * chunk_keys_, p_.keys.num_tokens);
+  const int64_t end = std::min((chunk + 1) * chunk_keys_, p_.num_keys);
   for (int64_t b = head * per_head; b < (head + 1) * per_head; ++b) {
     float* state = State(b, chunk);
     std::fill(state, state + columns_, -std::numeric_limits<float>::infinity());
@@ -117,8 +116,7 @@ void Outputs::AttendChunk(int64_t head, int64_t chunk, const Scratch& scratch) c
   const auto h = static_cast<int32_t>(head);
   for (int64_t t = chunk * chunk_keys_; t < end; t += kTileRows) {
     const int64_t tile_end = std::min(t + kTileRows, end);
-    DecodeTile(p_.keys, h, t, tile_end, dim_, scratch.keys);
-    if (with_values_) DecodeTile(p_.values, h, t, tile_end, dim_, scratch.values);
+    p_.load(h, t, tile_end, scratch.keys, scratch.values);
     for (int64_t b = head * per_head; b < (head + 1) * per_head; ++b) {
       AttendTile(Block(b), t, tile_end, scratch, State(b, chunk));
     }
@@ -215,7 +213,9 @@ void Outputs::Combine(int64_t index) const {
     if (chunk == 0) continue;
     for (int64_t i = columns_; i < state_floats_; ++i) total[i] += state[i];
   }
+  std::copy(largest, largest + block.columns, total + kMaxRow * columns_);
   AttentionResult result;
+  result.max = total + kMaxRow * columns_;
   result.sum = total + kSumRow * columns_;
   for (int n = 0; n < kNumPartials; ++n) {
     result.partial[n] = total + (kPartialRow + n) * columns_;

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <thread>
 #include <utility>
 
@@ -12,12 +13,16 @@
 #include "absl/strings/str_cat.h"
 #include "server/cpu/decode.h"
 #include "server/cpu/operations.h"
+#include "server/cpu/tensor.h"
+#include "server/pipeline/errors.h"
 
 namespace dynsplit {
 namespace {
 
 using cpu::MemoryPool;
 using cpu::Workspace;
+
+constexpr int64_t kCopyChunkBytes = int64_t{1} << 20;
 
 class CpuStream final : public Stream {
  public:
@@ -51,6 +56,31 @@ class CpuBackend final : public Backend {
     return Buffer(host.data(), host.size_bytes(), nullptr);
   }
   absl::StatusOr<Buffer> ToHost(Buffer device, Stream& /*stream*/) override { return device; }
+  absl::StatusOr<Buffer> AllocateResident(int64_t size_bytes, Residence residence) override {
+    return memory_->AllocateExact(size_bytes, residence == Residence::kDevice
+                                                  ? MemoryPool::Kind::kDevice
+                                                  : MemoryPool::Kind::kHost);
+  }
+  absl::StatusOr<std::string> ExportHandle(const Buffer& /*buffer*/) override {
+    return NoHandles();
+  }
+  absl::StatusOr<Buffer> ImportHandle(std::string_view /*handle*/, int64_t /*offset_bytes*/,
+                                      int64_t /*size_bytes*/) override {
+    return NoHandles();
+  }
+  absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size_bytes) override {
+    return Buffer(data, size_bytes, nullptr);
+  }
+  absl::Status Copy(std::byte* to, const std::byte* from, int64_t size_bytes,
+                    Stream& /*stream*/) override {
+    threads_.ParallelFor(cpu::CeilDiv(size_bytes, kCopyChunkBytes),
+                         [&](int64_t chunk, int /*slot*/) {
+                           const int64_t begin = chunk * kCopyChunkBytes;
+                           const int64_t count = std::min(kCopyChunkBytes, size_bytes - begin);
+                           std::memcpy(to + begin, from + begin, static_cast<size_t>(count));
+                         });
+    return absl::OkStatus();
+  }
   int64_t device_bytes_in_use() const override {
     return memory_->bytes_in_use(MemoryPool::Kind::kDevice);
   }
@@ -102,6 +132,10 @@ class CpuBackend final : public Backend {
   }
 
  private:
+  static absl::Status NoHandles() {
+    return WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_ON_CPU",
+                      "memory of the CPU backend has no handle; pass it as shared memory");
+  }
   Workspace workspace() { return {threads_, *memory_}; }
 
   BackendInfo info_;  // constant after construction

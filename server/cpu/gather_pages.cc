@@ -32,7 +32,9 @@ class PageGatherer {
         heads_(params.source.num_heads),
         row_bytes_(params.source.head_dim * DTypeBytes(params.out_dtype)),
         num_slots_(CeilDiv(params.num_kept, params.page_size) * params.page_size),
-        slots_per_chunk_(std::max<int64_t>(1, kChunkBytes / (heads_ * row_bytes_))) {}
+        slots_per_chunk_(std::max<int64_t>(1, kChunkBytes / (heads_ * row_bytes_))),
+        slot_stride_(OrDense(params.slot_stride_bytes, heads_ * row_bytes_)),
+        head_stride_(OrDense(params.head_stride_bytes, row_bytes_)) {}
 
   absl::Status Run() {
     const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
@@ -57,11 +59,18 @@ class PageGatherer {
     });
   }
   int64_t NumChunks() const { return CeilDiv(num_slots_, slots_per_chunk_); }
+  static int64_t OrDense(int64_t stride, int64_t dense) { return stride != 0 ? stride : dense; }
   int32_t TokenOf(int64_t slot, int32_t head) const {
+    if (p_.kept == nullptr) return static_cast<int32_t>(slot);
     return p_.kept[(p_.groups == 1 ? 0 : head) * p_.num_kept + slot];
   }
   std::byte* RowOf(int64_t slot, int32_t head) const {
-    return static_cast<std::byte*>(p_.pages) + (slot * heads_ + head) * row_bytes_;
+    return static_cast<std::byte*>(p_.pages) + slot * slot_stride_ + head * head_stride_;
+  }
+  // Of granularity kTokenHead.
+  float& ScaleAt(int64_t slot, int32_t head) const {
+    return p_.scales[p_.scale_head_stride != 0 ? slot + head * p_.scale_head_stride
+                                               : slot * heads_ + head];
   }
   bool ScalesPerToken(ScaleGranularity granularity) const {
     return p_.scales != nullptr && granularity == ScaleGranularity::kTokenHead;
@@ -83,15 +92,19 @@ class PageGatherer {
   const int64_t row_bytes_;
   const int64_t num_slots_;
   const int64_t slots_per_chunk_;
+  const int64_t slot_stride_;
+  const int64_t head_stride_;
   Buffer scratch_;
 };
 
 // Slots behind the last kept token: zero bytes, scale 1.
 void PageGatherer::PadSlots(int64_t begin, int64_t end, bool scales_per_token) const {
-  begin = std::max(begin, p_.num_kept);
-  if (begin >= end) return;
-  std::memset(RowOf(begin, 0), 0, static_cast<size_t>((end - begin) * heads_ * row_bytes_));
-  if (scales_per_token) std::fill(p_.scales + begin * heads_, p_.scales + end * heads_, 1.0F);
+  for (int64_t s = std::max(begin, p_.num_kept); s < end; ++s) {
+    for (int32_t h = 0; h < heads_; ++h) {
+      std::memset(RowOf(s, h), 0, static_cast<size_t>(row_bytes_));
+      if (scales_per_token) ScaleAt(s, h) = 1.0F;
+    }
+  }
 }
 
 void PageGatherer::CopyScales() {
@@ -102,7 +115,8 @@ void PageGatherer::CopyScales() {
 void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
   const bool scales_per_token = ScalesPerToken(p_.source.scale_granularity);
   const int64_t last = std::min(end, p_.num_kept);
-  const bool whole_tokens = p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_;
+  const bool whole_tokens =
+      p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_ && head_stride_ == row_bytes_;
   const int32_t rows_per_slot = whole_tokens ? 1 : heads_;
   const int64_t copy_bytes = whole_tokens ? heads_ * row_bytes_ : row_bytes_;
   RowCopier copier(num_slots_ * heads_ * row_bytes_ >= kStreamBytes);
@@ -111,7 +125,7 @@ void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
       copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), copy_bytes, RowOf(s, h));
     }
     for (int32_t h = 0; scales_per_token && h < heads_; ++h) {
-      p_.scales[s * heads_ + h] = RowScale(p_.source, TokenOf(s, h), h);
+      ScaleAt(s, h) = RowScale(p_.source, TokenOf(s, h), h);
     }
   }
   PadSlots(begin, end, scales_per_token);
@@ -162,7 +176,7 @@ void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {
       float scale = 1;
       if (scales_per_token) {
         scale = ScaleOf(LargestMagnitude(row, p_.source.head_dim), p_.out_dtype);
-        p_.scales[s * heads_ + h] = scale;
+        ScaleAt(s, h) = scale;
       } else if (encoded) {
         scale = p_.scales[h];
       }

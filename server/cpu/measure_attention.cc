@@ -93,10 +93,16 @@ absl::Status Measurement::AttendFull() {
   if (!rows.ok()) return rows.status();
   auto weights = KeptWeights();
   if (!weights.ok()) return weights.status();
+  const auto load = [&](int32_t head, int64_t begin, int64_t end, float* keys, float* values) {
+    DecodeTile(p_.keys, head, begin, end, dim_, keys);
+    if (with_values_) DecodeTile(p_.values, head, begin, end, dim_, values);
+  };
   return AttentionOutputs(
       {.rows = *rows,
-       .keys = p_.keys,
-       .values = with_values_ ? p_.values : TensorView{},
+       .num_keys = p_.keys.num_tokens,
+       .head_dim = p_.keys.head_dim,
+       .with_values = with_values_,
+       .load = load,
        .key_weights = weights->as<float>(),
        .key_weights_stride = p_.groups == 1 ? 0 : p_.keys.num_tokens},
       workspace_, [&](int64_t index, const AttentionResult& result) {
@@ -114,9 +120,15 @@ absl::Status Measurement::AttendFull() {
 absl::Status Measurement::AttendKept() {
   auto rows = Rows(/*turned=*/p_.rotation.rotary_dim > 0);
   if (!rows.ok()) return rows.status();
+  const auto load = [&](int32_t head, int64_t begin, int64_t end, float* keys, float* values) {
+    DecodeTile(p_.kept_keys, head, begin, end, dim_, keys);
+    DecodeTile(p_.kept_values, head, begin, end, dim_, values);
+  };
   return AttentionOutputs({.rows = *rows,
-                           .keys = p_.kept_keys,
-                           .values = p_.kept_values,
+                           .num_keys = p_.kept_keys.num_tokens,
+                           .head_dim = p_.kept_keys.head_dim,
+                           .with_values = true,
+                           .load = load,
                            .positions = p_.kept,
                            .positions_stride = p_.groups == 1 ? 0 : p_.num_kept},
                           workspace_, [&](int64_t index, const AttentionResult& result) {

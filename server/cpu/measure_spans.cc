@@ -41,8 +41,16 @@ absl::Status MeasureSpans(const MeasureSpansParams& params, const Workspace& wor
     float drop, overlap, own;
   };
   std::vector<Masses> by_head(static_cast<size_t>(count * queries.num_heads));  // [Hq, N]
+  const auto load_keys = [&](int32_t head, int64_t begin, int64_t end, float* keys,
+                             float* /*values*/) {
+    DecodeTile(params.keys, head, begin, end, params.keys.head_dim, keys);
+  };
   absl::Status status = AttentionOutputs(
-      {.rows = *rows, .keys = params.keys, .values = {}, .partial_ranges = &partial_ranges},
+      {.rows = *rows,
+       .num_keys = params.keys.num_tokens,
+       .head_dim = params.keys.head_dim,
+       .load = load_keys,
+       .partial_ranges = &partial_ranges},
       workspace, [&](int64_t index, const AttentionResult& result) {
         const RowBlock& block = rows->blocks()[static_cast<size_t>(index)];
         for (int64_t j = 0; j < block.num_rows; ++j) {

@@ -63,47 +63,75 @@ int MemoryPool::ClassOf(int64_t size_bytes) {
   return size_class;
 }
 
-absl::StatusOr<Buffer> MemoryPool::Allocate(int64_t size_bytes, Kind kind) {
+absl::Status MemoryPool::Reserve(int64_t size_bytes, Kind kind) {
   if (size_bytes < 0) {
     return absl::InvalidArgumentError(absl::StrCat("size_bytes is ", size_bytes, "; must be >= 0"));
   }
   if (size_bytes > std::numeric_limits<int64_t>::max() / 4096) {
     return absl::ResourceExhaustedError(absl::StrCat("no room for ", size_bytes, " bytes"));
   }
-  const int size_class = ClassOf(size_bytes);
+  const int64_t in_use = bytes_in_use(Kind::kDevice) + bytes_in_use(Kind::kHost);
+  if (limit_bytes_ > 0 && size_bytes > limit_bytes_ - in_use) {
+    return absl::ResourceExhaustedError(absl::StrCat("allocation of ", size_bytes, " bytes with ",
+                                                     in_use, " in use exceeds the limit of ",
+                                                     limit_bytes_, " bytes"));
+  }
+  in_use_[static_cast<size_t>(kind)] += size_bytes;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::byte*> MemoryPool::NewReserved(int64_t block_bytes, int64_t size_bytes,
+                                                   Kind kind) {
+  std::byte* data = NewBlock(block_bytes);
+  if (data != nullptr) return data;
+  absl::MutexLock lock(&mu_);  // perhaps what is kept stands in the way
+  Trim(0);
+  data = NewBlock(block_bytes);
+  if (data != nullptr) return data;
+  in_use_[static_cast<size_t>(kind)] -= size_bytes;
+  return absl::ResourceExhaustedError(
+      absl::StrCat("the system has no ", size_bytes, " bytes of memory"));
+}
+
+absl::StatusOr<Buffer> MemoryPool::Allocate(int64_t size_bytes, Kind kind) {
+  int size_class = 0;
   std::byte* data = nullptr;
   {
     absl::MutexLock lock(&mu_);
-    const int64_t in_use = bytes_in_use(Kind::kDevice) + bytes_in_use(Kind::kHost);
-    if (limit_bytes_ > 0 && size_bytes > limit_bytes_ - in_use) {
-      return absl::ResourceExhaustedError(absl::StrCat("allocation of ", size_bytes, " bytes with ",
-                                                       in_use, " in use exceeds the limit of ",
-                                                       limit_bytes_, " bytes"));
-    }
+    if (auto status = Reserve(size_bytes, kind); !status.ok()) return status;
+    size_class = ClassOf(size_bytes);
     auto& blocks = kept_[static_cast<size_t>(size_class)];
     if (!blocks.empty()) {
       data = blocks.back();
       blocks.pop_back();
       kept_bytes_ -= ClassBytes(size_class);
-    } else if (limit_bytes_ > 0) {
-      Trim(std::max<int64_t>(0, limit_bytes_ - in_use - size_bytes));
+    } else {
+      TrimToLimit();
     }
-    in_use_[static_cast<size_t>(kind)] += size_bytes;
   }
-  if (data == nullptr) data = NewBlock(ClassBytes(size_class));
-  if (data == nullptr) {  // perhaps what is kept stands in the way
-    absl::MutexLock lock(&mu_);
-    Trim(0);
-    data = NewBlock(ClassBytes(size_class));
-    if (data == nullptr) {
-      in_use_[static_cast<size_t>(kind)] -= size_bytes;
-      return absl::ResourceExhaustedError(
-          absl::StrCat("the system has no ", size_bytes, " bytes of memory"));
-    }
+  if (data == nullptr) {
+    absl::StatusOr<std::byte*> block = NewReserved(ClassBytes(size_class), size_bytes, kind);
+    if (!block.ok()) return block.status();
+    data = *block;
   }
   return Buffer(data, size_bytes,
                 [pool = shared_from_this(), size_class, kind](std::byte* block, int64_t bytes) {
                   pool->Free(block, bytes, size_class, kind);
+                });
+}
+
+absl::StatusOr<Buffer> MemoryPool::AllocateExact(int64_t size_bytes, Kind kind) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (auto status = Reserve(size_bytes, kind); !status.ok()) return status;
+    TrimToLimit();
+  }
+  absl::StatusOr<std::byte*> block = NewReserved(size_bytes, size_bytes, kind);
+  if (!block.ok()) return block.status();
+  return Buffer(*block, size_bytes,
+                [pool = shared_from_this(), kind](std::byte* data, int64_t bytes) {
+                  DeleteBlock(data, bytes);
+                  pool->in_use_[static_cast<size_t>(kind)] -= bytes;
                 });
 }
 
@@ -115,6 +143,11 @@ void MemoryPool::Free(std::byte* data, int64_t size_bytes, int size_class, Kind 
   Trim(kKeepBytes - block_bytes);
   kept_[static_cast<size_t>(size_class)].push_back(data);
   kept_bytes_ += block_bytes;
+}
+
+void MemoryPool::TrimToLimit() {
+  if (limit_bytes_ == 0) return;
+  Trim(limit_bytes_ - bytes_in_use(Kind::kDevice) - bytes_in_use(Kind::kHost));
 }
 
 void MemoryPool::Trim(int64_t target_bytes) {

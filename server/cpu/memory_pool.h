@@ -35,6 +35,8 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
 
   // RESOURCE_EXHAUSTED beyond the limit or when the system has none; INVALID_ARGUMENT if negative.
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, Kind kind);
+  // The same for memory that stays: no slack, and back to the system when freed.
+  absl::StatusOr<Buffer> AllocateExact(int64_t size_bytes, Kind kind);
 
   int64_t bytes_in_use(Kind kind) const {
     return in_use_[static_cast<size_t>(kind)].load(std::memory_order_relaxed);
@@ -46,9 +48,15 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
 
   static int ClassOf(int64_t size_bytes);
   static int64_t ClassBytes(int size_class);
+  // Counts the bytes as in use, if the limit allows.
+  absl::Status Reserve(int64_t size_bytes, Kind kind) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Memory from the system for what is reserved; without any, the reservation is gone.
+  absl::StatusOr<std::byte*> NewReserved(int64_t block_bytes, int64_t size_bytes, Kind kind);
   void Free(std::byte* data, int64_t size_bytes, int size_class, Kind kind);
   // Returns kept blocks to the system until at most `target_bytes` are kept, largest first.
   void Trim(int64_t target_bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Until kept and live blocks together are within the limit.
+  void TrimToLimit() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   const int64_t limit_bytes_;
   std::array<std::atomic<int64_t>, 2> in_use_ = {};

@@ -12,22 +12,30 @@
 #include "server/cpu/tensor.h"
 
 namespace dynsplit::cpu {
+namespace {
 
-absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Workspace& workspace) {
-  const TensorView& queries = params.queries;
+// One of the summaries as a tensor of blocks.
+TensorView SummaryView(const ScoreBlocksItem& item, int32_t num_kv_heads, const std::byte* data) {
+  TensorView view =
+      DenseView(data, item.summaries.dtype, item.num_blocks, num_kv_heads, item.queries.head_dim);
+  view.token_stride_bytes = item.summaries.block_stride_bytes;
+  view.head_stride_bytes = item.summaries.head_stride_bytes;
+  return view;
+}
+
+absl::Status ScoreItem(const ScoreBlocksItem& item, const ScoreBlocksParams& params,
+                       const Workspace& workspace) {
+  const TensorView& queries = item.queries;
+  const BlockSummaries& summaries = item.summaries;
   const int32_t head_dim = queries.head_dim;
   const int32_t group = queries.num_heads / params.num_kv_heads;
-  const bool bound = params.mean == nullptr;
+  const bool bound = summaries.min != nullptr;
   const int32_t depth = bound ? 2 * head_dim : head_dim;
-  const auto summary = [&](const void* base) {
-    return DenseView(base, params.dtype, params.num_blocks, params.num_kv_heads, head_dim);
-  };
 
-  auto lengths = workspace.Scratch<float>(params.num_blocks);
+  auto lengths = workspace.Scratch<float>(item.num_blocks);
   if (!lengths.ok()) return lengths.status();
-  for (int64_t j = 0; j < params.num_blocks; ++j) {
-    lengths->as<float>()[j] =
-        static_cast<float>(params.block_starts[j + 1] - params.block_starts[j]);
+  for (int64_t j = 0; j < item.num_blocks; ++j) {
+    lengths->as<float>()[j] = static_cast<float>(item.block_starts[j + 1] - item.block_starts[j]);
   }
   const auto load_query = [&](int64_t set, int64_t row, float* out) {
     const int64_t i = QueryOfRow(row, queries.num_tokens);
@@ -47,20 +55,39 @@ absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Workspace& works
                                  .limit = limit},
                                 workspace);
   if (!rows.ok()) return rows.status();
-  const auto load_keys = [&](int64_t set, int64_t begin, int64_t end, float* out) {
+  const auto load = [&](const std::byte* data, const float* scales, int64_t set, int64_t begin,
+                        int64_t end, float* out) {
     const auto head = static_cast<int32_t>(set);
-    DecodeTile(summary(bound ? params.max : params.mean), head, begin, end, depth, out);
-    if (bound) DecodeTile(summary(params.min), head, begin, end, depth, out + head_dim);
+    const TensorView view = SummaryView(item, params.num_kv_heads, data);
+    if (scales == nullptr) return DecodeTile(view, head, begin, end, depth, out);
+    for (int64_t j = begin; j < end; ++j, out += depth) {
+      DecodeRow(view.dtype, RowAddress(view, j, head),
+                scales[set * summaries.scale_head_stride + j], head_dim, out);
+    }
+  };
+  const auto load_keys = [&](int64_t set, int64_t begin, int64_t end, float* out) {
+    if (!bound) return load(summaries.mean, summaries.mean_scales, set, begin, end, out);
+    load(summaries.max, summaries.bound_scales, set, begin, end, out);
+    load(summaries.min, summaries.bound_scales, set, begin, end, out + head_dim);
   };
   return AttentionMeans({.rows = *rows,
-                         .num_keys = params.num_blocks,
+                         .num_keys = item.num_blocks,
                          .depth = depth,
                          .load_keys = load_keys,
                          .causal = false,
                          .key_weights = lengths->as<float>(),
                          .row_weight = 1.0F / static_cast<float>(queries.num_tokens),
-                         .sums = params.block_scores},
+                         .sums = item.block_scores},
                         workspace);
+}
+
+}  // namespace
+
+absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Workspace& workspace) {
+  for (const ScoreBlocksItem& item : params.items) {
+    if (auto status = ScoreItem(item, params, workspace); !status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace dynsplit::cpu

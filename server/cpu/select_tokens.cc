@@ -1,23 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <vector>
 
+#include "server/cpu/block_ranks.h"
 #include "server/cpu/operations.h"
 
 namespace dynsplit::cpu {
 namespace {
-
-// Ascending keys = (score descending, index ascending). NaN counts as -infinity, -0 as 0.
-uint64_t RankKey(float score, int64_t index) {
-  constexpr uint32_t kMinusInfinity = 0xFF800000;
-  uint32_t bits = std::isnan(score) ? kMinusInfinity : std::bit_cast<uint32_t>(score + 0.0F);
-  bits = (bits >> 31) != 0 ? bits : ~bits & 0x7FFFFFFF;  // larger float = smaller unsigned
-  return uint64_t{bits} << 32 | static_cast<uint32_t>(index);
-}
-
-int64_t IndexOf(uint64_t key) { return static_cast<int64_t>(key & 0xFFFFFFFF); }
 
 class Selector {
  public:
@@ -41,7 +30,7 @@ class Selector {
     return p_.block_starts[block + 1] - p_.block_starts[block];
   }
   int64_t Protected(int64_t block) const { return num_protected_[static_cast<size_t>(block)]; }
-  std::vector<uint64_t> Ranked(int32_t group) const;
+  std::vector<uint64_t> Keys(int32_t group) const;
   // The best unprotected tokens of a block, ascending.
   std::vector<int32_t> BestTokens(int32_t group, int64_t block, int64_t count) const;
 
@@ -50,11 +39,10 @@ class Selector {
   int64_t total_protected_ = 0;
 };
 
-std::vector<uint64_t> Selector::Ranked(int32_t group) const {
+std::vector<uint64_t> Selector::Keys(int32_t group) const {
   std::vector<uint64_t> keys(static_cast<size_t>(p_.num_blocks));
   const float* scores = p_.block_scores + group * p_.num_blocks;
   for (int64_t j = 0; j < p_.num_blocks; ++j) keys[static_cast<size_t>(j)] = RankKey(scores[j], j);
-  std::sort(keys.begin(), keys.end());
   return keys;
 }
 
@@ -76,31 +64,25 @@ std::vector<int32_t> Selector::BestTokens(int32_t group, int64_t block, int64_t 
 }
 
 void Selector::SelectExact(int32_t group) const {
-  std::vector<uint8_t> whole(static_cast<size_t>(p_.num_blocks), 0);
-  int64_t room = p_.num_kept - total_protected_;
-  int64_t cut_block = -1;
-  std::vector<int32_t> cut_tokens;
-  for (uint64_t key : Ranked(group)) {
-    if (room == 0) break;
-    const int64_t j = IndexOf(key);
-    const int64_t free = Length(j) - Protected(j);
-    if (free > room) {
-      cut_block = j;
-      cut_tokens = BestTokens(group, j, room);
-      break;
-    }
-    whole[static_cast<size_t>(j)] = 1;
-    room -= free;
+  std::vector<uint64_t> keys = Keys(group);
+  std::vector<int32_t> free(keys.size());
+  for (int64_t j = 0; j < p_.num_blocks; ++j) {
+    free[static_cast<size_t>(j)] = static_cast<int32_t>(Length(j) - Protected(j));
   }
+  const RankCut cut = CutRanks(keys, free, p_.num_kept - total_protected_);
+  const float* scores = p_.block_scores + group * p_.num_blocks;
+  std::vector<int32_t> cut_tokens;
+  if (cut.tokens > 0) cut_tokens = BestTokens(group, IndexOf(cut.key), cut.tokens);
 
   int32_t* out = p_.kept + group * p_.num_kept;
   for (int64_t j = 0; j < p_.num_blocks; ++j) {
-    const bool is_whole = whole[static_cast<size_t>(j)] != 0;
-    if (!is_whole && Protected(j) == 0 && j != cut_block) continue;
-    auto cut = cut_tokens.begin();
+    const uint64_t key = RankKey(scores[j], j);
+    const bool is_whole = key < cut.key;
+    if (key > cut.key && Protected(j) == 0) continue;
+    auto best = key == cut.key ? cut_tokens.begin() : cut_tokens.end();
     for (int32_t t = p_.block_starts[j]; t < p_.block_starts[j + 1]; ++t) {
-      const bool is_cut = j == cut_block && cut != cut_tokens.end() && *cut == t;
-      if (is_cut) ++cut;
+      const bool is_cut = best != cut_tokens.end() && *best == t;
+      if (is_cut) ++best;
       if (is_whole || is_cut || p_.protected_tokens[t] != 0) *out++ = t;
     }
   }
@@ -115,7 +97,9 @@ void Selector::SelectWholeBlocks(int32_t group) const {
     count += chosen[static_cast<size_t>(j)];
   }
   if (count < p_.num_whole_blocks) {
-    for (uint64_t key : Ranked(group)) {
+    std::vector<uint64_t> ranked = Keys(group);
+    std::sort(ranked.begin(), ranked.end());
+    for (uint64_t key : ranked) {
       uint8_t& mark = chosen[static_cast<size_t>(IndexOf(key))];
       if (mark != 0) continue;
       mark = 1;

@@ -12,7 +12,7 @@
 // Memory. Rows are head-major, so that a block of one head is one run of bytes:
 //
 //     key_value   layer 0: K [Hkv, capacity, D], V [Hkv, capacity, D],
-//                          K scales [Hkv, capacity], V scales [Hkv, capacity] (fp8, int8 only)
+//                          K scales [capacity, Hkv], V scales [capacity, Hkv] (fp8, int8 only)
 //                 layer 1: ...                                     device or pinned host memory
 //     index       block starts int32 [block capacity + 1], then by layer
 //                 bounds [Hkv, block capacity, 2, D] (a block's minima, then its maxima) or
@@ -127,17 +127,21 @@ class ResidentSequence {
     Segmentation segmentation;
     int64_t num_tokens = 0;   // old and new
     int64_t first_block = 0;  // first block that is new or longer than before
-    Buffer starts_host;       // int32: segmentation.starts from first_block on
+    Buffer starts_host;       // int32: segmentation.starts
   };
 
   ResidentSequence(ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile,
                    Backend& backend);
+  absl::Status CheckTokenIds(std::span<const int32_t> token_ids, int64_t num_tokens) const;
   TensorView View(int32_t layer, DType dtype, int64_t offset_bytes, int64_t scale_offset_bytes,
                   int64_t num_tokens) const;
+  // Room for so many blocks; what is there stays.
   absl::Status EnsureIndex(int64_t num_blocks, Stream& stream);
+  absl::Status CopyIndex(const ResidentLayout& layout, const Buffer& index, Stream& stream);
   absl::Status StoreRows(const TensorView& from, const TensorView& to,
                          EncodingPolicy::Format format, Stream& stream);
-  absl::Status SummarizeLayer(int32_t layer, Stream& stream);
+  absl::Status UploadStarts(const Pending& pending, Stream& stream);
+  absl::Status SummarizeLayer(int32_t layer, const Pending& pending, Stream& stream);
 
   const ResidentSpec spec_;
   Backend& backend_;
@@ -184,6 +188,10 @@ struct RowSlots {
   int64_t num_rows = 0;  // n
   Buffer held;           // int32 [num_layers, Hkv, n], device
 };
+// Slots that hold nothing yet. Complete when it returns.
+absl::StatusOr<RowSlots> EmptySlots(const ResidentSequence& sequence, int32_t first_layer,
+                                    int32_t num_layers, int64_t num_rows, Backend& backend,
+                                    Stream& stream);
 struct RowDestination {
   std::byte* keys = nullptr;  // [num_layers, Hkv, n, D] each; null = only slots are kept up to date
   std::byte* values = nullptr;
@@ -191,8 +199,8 @@ struct RowDestination {
   float* value_scales = nullptr;
 };
 // Brings `slots` (of the step's layers and n) from the tokens they hold to the step's chosen ones.
-// `moved_slots` (out [num_layers, Hkv, n]) may be null; `num_moved` is out [num_layers, Hkv]. Dense
-// layers are left alone, their counts 0.
+// `moved_slots` (out [num_layers, Hkv, n]) may be null; `num_moved` is out [num_layers, Hkv].
+// Nothing of dense layers is read or written.
 absl::Status RefreshSlots(const SelectionStep& step, const RowSlots& slots,
                           const RowDestination& rows, int32_t* moved_slots, int32_t* num_moved,
                           Backend& backend, Stream& stream);

@@ -66,6 +66,7 @@ class Session {
 
  private:
   friend class SessionStore;
+  friend class SessionUse;
   Session(SessionStore& store, std::string id, SessionSettings settings, ResidentSpec spec,
           std::shared_ptr<const DelimiterProfile> profile);
 
@@ -83,9 +84,11 @@ class Session {
   int32_t num_mappings_ = 0;
   bool appending_ = false;
   bool moving_ = false;
-  bool demotable_ = false;  // published, on the device
-  int64_t reserved_device_bytes_ = 0;
-  int64_t reserved_host_bytes_ = 0;
+  bool published_ = false;
+  Residence residence_ = Residence::kDevice;  // of K and V, once materialized
+  int64_t key_value_bytes_ = 0;               // as predicted when reserved
+  int64_t index_bytes_ = 0;
+  bool materialized_ = false;
 };
 
 // Holds a session in use. Move-only.
@@ -102,10 +105,11 @@ class SessionUse {
 
  private:
   friend class SessionStore;
-  explicit SessionUse(std::shared_ptr<Session> session, bool appending)
-      : session_(std::move(session)), appending_(appending) {}
+  enum class Purpose : uint8_t { kPeek, kUse, kAppend };
+  SessionUse(std::shared_ptr<Session> session, Purpose purpose)
+      : session_(std::move(session)), purpose_(purpose) {}
   std::shared_ptr<Session> session_;
-  bool appending_ = false;
+  Purpose purpose_ = Purpose::kPeek;
 };
 
 // What Get says, beside what the sequence itself knows.
@@ -192,11 +196,21 @@ class SessionStore {
   // Removes a session from the table; the caller drops the pointer outside the lock.
   std::shared_ptr<Session> End(const std::string& id, Ending ending)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
-  // Moves the least recently used session that may be demoted; false when there is none.
+  // The session when its lease is over, taken out of the table.
+  std::shared_ptr<Session> EndIfExpired(std::string_view id) ABSL_LOCKS_EXCLUDED(mu_);
+  SessionUse Hold(std::shared_ptr<Session> session, SessionUse::Purpose purpose)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  bool HasRoom(const Session& session, Residence residence) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Adds (or takes away) the session's K and V where they are, and its index.
+  void Charge(Session& session, Residence residence, int64_t sign)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::Status CreateSequence(Session& session, Residence residence) ABSL_LOCKS_EXCLUDED(mu_);
+  // Demotes the least recently used session that may be; false when there is none.
   absl::StatusOr<bool> DemoteOne(Stream& stream) ABSL_LOCKS_EXCLUDED(mu_);
-  void GiveBack(const Session& session) ABSL_LOCKS_EXCLUDED(mu_);
-  void StopUsing(Session& session, bool appending) ABSL_LOCKS_EXCLUDED(mu_);
-  int64_t TenantBytes(std::string_view tenant) const ABSL_SHARED_LOCKS_REQUIRED(mu_);
+  absl::Status Move(Session& session, Residence residence, Stream& stream) ABSL_LOCKS_EXCLUDED(mu_);
+  void GiveBack(Session& session) ABSL_LOCKS_EXCLUDED(mu_);
+  void StopUsing(Session& session, SessionUse::Purpose purpose) ABSL_LOCKS_EXCLUDED(mu_);
 
   const Options options_;
   Backend& backend_;
@@ -205,7 +219,7 @@ class SessionStore {
   absl::flat_hash_map<std::string, std::shared_ptr<Session>> sessions_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, Tombstone> tombstones_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, int64_t, std::less<>> tenant_bytes_ ABSL_GUARDED_BY(mu_);
-  int64_t num_reserved_ ABSL_GUARDED_BY(mu_) = 0;  // published and not
+  int64_t num_reserved_ ABSL_GUARDED_BY(mu_) = 0;  // published or not
   Totals totals_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -322,9 +322,8 @@ Case SummarizeCase(Runner& runner) {
   SummarizeBlocksParams params{.keys = TheLayer().Keys(),
                                .block_starts = TheLayer().block_starts.data(),
                                .num_blocks = TheLayer().num_blocks(),
-                               .out_dtype = DType::kBFloat16,
-                               .min = min->data(),
-                               .max = max->data()};
+                               .summaries = DenseSummaries(DType::kBFloat16, kKvHeads, kHeadDim,
+                                                           min->data(), max->data(), nullptr)};
   return {.name = "SummarizeBlocks (ceiling: read)",
           .work = static_cast<double>(kTokens * kTokenBytes + 4 * elements),
           .unit = "B",

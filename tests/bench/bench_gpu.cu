@@ -5,24 +5,17 @@
 // the same run. A time is the median of device-event times over inputs that rotate through more
 // memory than the L2 cache holds. "floor" counts each input byte read once and each output byte
 // written once at the measured copy (or read) rate; share = floor / time.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
-#include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
-#include "cuda/cuda_status.h"
-#include "cuda/device_memory.h"
 #include "cuda/operations.h"
+#include "tests/bench/device_bench.h"
 #include "tests/oracle/random_tensors.h"
 
-namespace dynsplit {
+namespace dynsplit::bench {
 namespace {
 
 constexpr int kQueryHeads = 32;
@@ -33,146 +26,6 @@ constexpr double kKeptRatio = 0.2;
 constexpr int kPageSize = 16;
 constexpr int kRowBytes = kDim * 2;
 constexpr int64_t kRotatedBytes = int64_t{512} << 20;  // inputs of one kind, at least
-constexpr int kWarmUps = 3;
-constexpr int kRepeats = 20;
-
-void Check(const absl::Status& status) {
-  if (status.ok()) return;
-  std::fprintf(stderr, "%s\n", status.ToString().c_str());
-  std::exit(1);
-}
-void Check(cudaError_t error) { Check(CudaStatus(error, "bench_gpu")); }
-
-template <typename T>
-T Check(absl::StatusOr<T> value) {
-  Check(value.status());
-  return *std::move(value);
-}
-
-struct Device {
-  std::shared_ptr<StreamHandle> stream;
-  std::shared_ptr<DevicePool> pool;
-  kernels::Launch launch;
-};
-
-Device OpenDevice() {
-  Device device;
-  cudaDeviceProp properties;
-  Check(cudaGetDeviceProperties(&properties, 0));
-  device.stream = Check(StreamHandle::Create(0));
-  device.pool = Check(DevicePool::Create(0, int64_t{1} << 40));
-  device.launch = {.stream = device.stream->get(),
-                   .num_sms = properties.multiProcessorCount,
-                   .max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
-                   .pool = device.pool.get(),
-                   .handle = device.stream};
-  std::printf("device: %s, %d SMs, L2 %d MiB\n", properties.name, properties.multiProcessorCount,
-              properties.l2CacheSize >> 20);
-  return device;
-}
-
-// Median milliseconds of `run(repeat)`.
-double Time(const Device& device, const std::function<void(int)>& run) {
-  cudaEvent_t start;
-  cudaEvent_t stop;
-  Check(cudaEventCreate(&start));
-  Check(cudaEventCreate(&stop));
-  for (int i = 0; i < kWarmUps; ++i) run(i);
-  std::vector<float> times;
-  for (int i = 0; i < kRepeats; ++i) {
-    Check(cudaStreamSynchronize(device.stream->get()));
-    Check(cudaEventRecord(start, device.stream->get()));
-    run(i);
-    Check(cudaEventRecord(stop, device.stream->get()));
-    Check(cudaEventSynchronize(stop));
-    float ms = 0;
-    Check(cudaEventElapsedTime(&ms, start, stop));
-    times.push_back(ms);
-  }
-  Check(cudaEventDestroy(start));
-  Check(cudaEventDestroy(stop));
-  std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
-  return times[kRepeats / 2];
-}
-
-__global__ void ReadKernel(const uint4* data, int64_t count, uint32_t* out) {
-  uint32_t sum = 0;
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
-#pragma unroll 8
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
-       i += stride) {
-    const uint4 v = data[i];
-    sum += v.x ^ v.y ^ v.z ^ v.w;
-  }
-  if (sum == 0x9E3779B9U) *out = sum;  // keeps the loads; rarely written
-}
-
-struct Ceilings {
-  double copy_gbps = 0;  // bytes read + written
-  double read_gbps = 0;
-};
-
-Ceilings MeasureCeilings(const Device& device) {
-  constexpr int64_t kBytes = int64_t{1} << 30;
-  const Buffer from = Check(device.pool->Allocate(kBytes, device.stream));
-  const Buffer to = Check(device.pool->Allocate(kBytes, device.stream));
-  Check(cudaMemsetAsync(from.data(), 0x5A, kBytes, device.launch.stream));
-  Ceilings ceilings;
-  const double copy_ms = Time(device, [&](int) {
-    Check(cudaMemcpyAsync(to.data(), from.data(), kBytes, cudaMemcpyDeviceToDevice,
-                          device.launch.stream));
-  });
-  ceilings.copy_gbps = 2.0 * kBytes / copy_ms / 1e6;
-  const double read_ms = Time(device, [&](int) {
-    ReadKernel<<<static_cast<unsigned>(device.launch.num_sms * 8), 512, 0, device.launch.stream>>>(
-        from.as<uint4>(), kBytes / 16, to.as<uint32_t>());
-    Check(LaunchStatus("ReadKernel"));
-  });
-  ceilings.read_gbps = 1.0 * kBytes / read_ms / 1e6;
-  return ceilings;
-}
-
-// Random normal bf16 values. The host makes a block; the device repeats it at shifted offsets.
-class RandomSource {
- public:
-  explicit RandomSource(const Device& device) : device_(device) {
-    oracle::Random random(7);
-    std::vector<__nv_bfloat16> values(kElements);
-    for (auto& value : values) value = __float2bfloat16_rn(random.Normal());
-    block_ = Check(device.pool->Allocate(kElements * 2, device.stream));
-    Check(cudaMemcpyAsync(block_.data(), values.data(), kElements * 2, cudaMemcpyHostToDevice,
-                          device.launch.stream));
-    Check(cudaStreamSynchronize(device.launch.stream));
-  }
-  Buffer Make(int64_t bytes) {
-    Buffer out = Check(device_.pool->Allocate(bytes, device_.stream));
-    for (int64_t at = 0; at < bytes;) {
-      const int64_t from = next_ % (kElements * 2 / 4096) * 4096;
-      const int64_t size = std::min(kElements * 2 - from, bytes - at);
-      Check(cudaMemcpyAsync(out.data() + at, block_.data() + from, static_cast<size_t>(size),
-                            cudaMemcpyDeviceToDevice, device_.launch.stream));
-      at += size;
-      next_ += 389;
-    }
-    return out;
-  }
-
- private:
-  static constexpr int64_t kElements = int64_t{4} << 20;
-  const Device& device_;
-  Buffer block_;
-  int64_t next_ = 0;
-};
-
-template <typename T>
-Buffer Upload(const Device& device, const std::vector<T>& values) {
-  const auto bytes = static_cast<int64_t>(values.size() * sizeof(T));
-  Buffer out = Check(device.pool->Allocate(bytes, device.stream));
-  Check(cudaMemcpyAsync(out.data(), values.data(), static_cast<size_t>(bytes),
-                        cudaMemcpyHostToDevice, device.launch.stream));
-  Check(cudaStreamSynchronize(device.launch.stream));
-  return out;
-}
 
 class LayerBench {
  public:
@@ -276,26 +129,24 @@ class LayerBench {
                                  .block_scores = block_scores_.as<float>()},
                                 device_.launch));
   }
+  BlockSummaries Summaries() const {
+    return DenseSummaries(DType::kBFloat16, kHeads, kDim, min_.data(), max_.data(), nullptr);
+  }
   void Summarize(int i) {
     Check(kernels::SummarizeBlocks({.keys = Keys(i),
                                     .block_starts = starts_.as<int32_t>(),
                                     .num_blocks = num_blocks_,
-                                    .out_dtype = DType::kBFloat16,
-                                    .min = min_.data(),
-                                    .max = max_.data()},
+                                    .summaries = Summaries()},
                                    device_.launch));
   }
   void ScoreBlocks(int i) {
-    Check(kernels::ScoreBlocks({.queries = Queries(i),
-                                .block_starts = starts_.as<int32_t>(),
-                                .num_blocks = num_blocks_,
-                                .num_kv_heads = kHeads,
-                                .dtype = DType::kBFloat16,
-                                .min = min_.data(),
-                                .max = max_.data(),
-                                .softmax_scale = Scale(),
-                                .block_scores = block_scores_.as<float>()},
-                               device_.launch));
+    const ScoreBlocksItem item = {.queries = Queries(i),
+                                  .summaries = Summaries(),
+                                  .block_starts = starts_.as<int32_t>(),
+                                  .num_blocks = num_blocks_,
+                                  .block_scores = block_scores_.as<float>()};
+    Check(kernels::ScoreBlocks(
+        {.items = {&item, 1}, .num_kv_heads = kHeads, .softmax_scale = Scale()}, device_.launch));
   }
   void Select(int groups) {
     Check(kernels::SelectTokens({.block_scores = block_scores_.as<float>(),
@@ -382,16 +233,14 @@ class LayerBench {
 void Main() {
   const Device device = OpenDevice();
   const Ceilings ceilings = MeasureCeilings(device);
-  std::printf("ceilings: copy %.0f GB/s (read + written), read %.0f GB/s\n", ceilings.copy_gbps,
-              ceilings.read_gbps);
   RandomSource random(device);
-  for (int64_t num_tokens : {8192, 32768, 131072}) {
+  for (int64_t num_tokens : {32768, 131072}) {
     LayerBench(device, ceilings, random, num_tokens).Run();
     Check(cudaStreamSynchronize(device.launch.stream));
   }
 }
 
 }  // namespace
-}  // namespace dynsplit
+}  // namespace dynsplit::bench
 
-int main() { dynsplit::Main(); }
+int main() { dynsplit::bench::Main(); }

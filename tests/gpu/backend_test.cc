@@ -2,9 +2,12 @@
 //
 // Memory, streams and errors of the CUDA backend.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
+#include <cstdint>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -40,6 +43,8 @@ TEST(CudaBackendTest, SaysWhatItIs) {
   EXPECT_EQ(gpu->info().name, "cuda");
   EXPECT_FALSE(gpu->info().device.empty());
   EXPECT_GT(gpu->info().memory_bytes, 0);
+  EXPECT_EQ(gpu->info().uuid.size(), 16U);
+  EXPECT_NE(gpu->info().uuid, std::string(16, '\0'));
 }
 
 TEST(CudaBackendTest, RefusesUnknownDevices) {
@@ -160,6 +165,143 @@ TEST(CudaBackendTest, BuffersOutliveStreamAndBackend) {
   std::memset(host.data(), 1, kMiB);
   device.Reset();
   host.Reset();
+}
+
+// All 16-byte rows of `from`, copied by an operation to `to`.
+absl::Status CopyByOperation(Backend& backend, const std::byte* from, std::byte* to,
+                             int64_t size_bytes) {
+  auto stream = backend.CreateStream().value();
+  GatherPagesParams params;
+  params.source = DenseView(from, DType::kBFloat16, size_bytes / 16, 1, 8);
+  params.num_kept = size_bytes / 16;
+  params.page_size = 1;
+  params.pages = to;
+  absl::Status status = backend.GatherPages(params, *stream);
+  status.Update(stream->Synchronize());
+  return status;
+}
+
+TEST(CudaBackendTest, ResidentMemoryIsExactAndAligned) {
+  const auto backend = MakeBackend({.memory_limit_bytes = 64 * kMiB});
+  ASSERT_NE(backend, nullptr);
+  for (Residence residence : {Residence::kDevice, Residence::kHost}) {
+    SCOPED_TRACE(residence == Residence::kDevice ? "device" : "host");
+    for (int64_t size : {int64_t{1}, int64_t{257}, 3 * kMiB + 17}) {
+      const Buffer buffer = backend->AllocateResident(size, residence).value();
+      EXPECT_EQ(buffer.size_bytes(), size);
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(buffer.data()) % 256, 0U);
+      const bool on_device = residence == Residence::kDevice;
+      EXPECT_EQ(backend->device_bytes_in_use(), on_device ? size : 0);
+      EXPECT_EQ(backend->host_bytes_in_use(), on_device ? 0 : size);
+    }
+    EXPECT_EQ(backend->device_bytes_in_use(), 0);
+    EXPECT_EQ(backend->host_bytes_in_use(), 0);
+    EXPECT_TRUE(backend->AllocateResident(0, residence).value().empty());
+  }
+}
+
+TEST(CudaBackendTest, ResidentAndPassingMemoryShareTheCaps) {
+  const auto backend =
+      MakeBackend({.memory_limit_bytes = 8 * kMiB, .pinned_limit_bytes = 8 * kMiB});
+  ASSERT_NE(backend, nullptr);
+  auto stream = backend->CreateStream().value();
+
+  Buffer resident = backend->AllocateResident(5 * kMiB, Residence::kDevice).value();
+  EXPECT_TRUE(absl::IsResourceExhausted(backend->Allocate(4 * kMiB, *stream).status()));
+  const Buffer passing = backend->Allocate(3 * kMiB, *stream).value();
+  const absl::Status refused = backend->AllocateResident(1, Residence::kDevice).status();
+  EXPECT_TRUE(absl::IsResourceExhausted(refused)) << refused;
+  EXPECT_TRUE(GetErrorDetails(refused).retry_after_ms.has_value());
+  resident.Reset();
+  EXPECT_TRUE(backend->AllocateResident(5 * kMiB, Residence::kDevice).ok());
+
+  // Also beyond what the allocator could round without overflow.
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(backend->AllocateResident(INT64_MAX, Residence::kDevice).status()));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(backend->AllocateResident(INT64_MAX, Residence::kHost).status()));
+
+  backend->AllocateHost(5 * kMiB).value().Reset();  // stays cached, and makes room when needed
+  Buffer pinned = backend->AllocateResident(7 * kMiB, Residence::kHost).value();
+  EXPECT_TRUE(absl::IsResourceExhausted(backend->AllocateHost(2 * kMiB).status()));
+  EXPECT_TRUE(
+      absl::IsResourceExhausted(backend->AllocateResident(2 * kMiB, Residence::kHost).status()));
+  pinned.Reset();
+  EXPECT_TRUE(backend->AllocateResident(8 * kMiB, Residence::kHost).ok());
+  EXPECT_EQ(backend->host_bytes_in_use(), 0);
+  EXPECT_TRUE(backend->Healthy().ok());
+}
+
+TEST(CudaBackendTest, ResidentBuffersOutliveTheBackend) {
+  auto backend = MakeBackend({.memory_limit_bytes = 8 * kMiB});
+  ASSERT_NE(backend, nullptr);
+  std::vector<std::byte> mapped(kMiB);
+  Buffer device = backend->AllocateResident(kMiB, Residence::kDevice).value();
+  Buffer host = backend->AllocateResident(kMiB, Residence::kHost).value();
+  Buffer registered = backend->RegisterHost(mapped.data(), kMiB).value();
+  backend.reset();
+  std::memset(host.data(), 1, kMiB);
+  device.Reset();
+  host.Reset();
+  registered.Reset();
+}
+
+TEST(CudaBackendTest, RegisteredHostMemoryIsReadAndWrittenInPlace) {
+  Backend* const gpu = Gpu();
+  ASSERT_NE(gpu, nullptr);
+  const int64_t host_baseline = gpu->host_bytes_in_use();
+  void* const memory =
+      mmap(nullptr, 2 * kMiB, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* const mapped = static_cast<std::byte*>(memory);
+  for (int round = 0; round < 2; ++round) {  // the second shows that the first let go
+    const Buffer region = gpu->RegisterHost(mapped, 2 * kMiB).value();
+    EXPECT_EQ(region.size_bytes(), 2 * kMiB);
+    EXPECT_EQ(gpu->host_bytes_in_use(), host_baseline) << "not this backend's to count";
+    for (int64_t i = 0; i < kMiB; ++i) mapped[i] = static_cast<std::byte>((i + round) % 253);
+    ASSERT_TRUE(CopyByOperation(*gpu, region.data(), region.data() + kMiB, kMiB).ok());
+    EXPECT_EQ(std::memcmp(mapped, mapped + kMiB, kMiB), 0);
+  }
+  ASSERT_EQ(munmap(memory, 2 * kMiB), 0);
+}
+
+// Tests with errors of CUDA calls, or without memory left for tools, are named apart: sanitizers
+// leave them out.
+
+TEST(CudaMemoryTest, RefusesHostMemoryItCannotPin) {
+  Backend* const gpu = Gpu();
+  ASSERT_NE(gpu, nullptr);
+  void* const memory =
+      mmap(nullptr, kMiB, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  auto* const mapped = static_cast<std::byte*>(memory);
+  {
+    const Buffer region = gpu->RegisterHost(mapped, kMiB).value();
+    const absl::Status twice = gpu->RegisterHost(mapped, kMiB).status();
+    EXPECT_TRUE(absl::IsInvalidArgument(twice)) << twice;
+  }
+  ASSERT_EQ(munmap(memory, kMiB), 0);
+  EXPECT_FALSE(gpu->RegisterHost(mapped, kMiB).ok()) << "nothing is mapped there";
+  ASSERT_TRUE(gpu->Healthy().ok()) << gpu->Healthy();
+  // No launch mistakes what was refused for its own error.
+  const Buffer rows = gpu->AllocateResident(kMiB, Residence::kHost).value();
+  std::memset(rows.data(), 7, kMiB);
+  const Buffer copy = gpu->AllocateResident(kMiB, Residence::kHost).value();
+  ASSERT_TRUE(CopyByOperation(*gpu, rows.data(), copy.data(), kMiB).ok());
+  EXPECT_EQ(std::memcmp(rows.data(), copy.data(), kMiB), 0);
+}
+
+TEST(CudaMemoryTest, ResidentMemoryTakesBackWhatThePoolCaches) {
+  const auto backend = MakeBackend({});
+  ASSERT_NE(backend, nullptr);
+  auto stream = backend->CreateStream().value();
+  const int64_t size = backend->info().memory_bytes / 10 * 7;
+  backend->Allocate(size, *stream).value().Reset();
+  ASSERT_TRUE(stream->Synchronize().ok());
+  const absl::StatusOr<Buffer> resident = backend->AllocateResident(size, Residence::kDevice);
+  EXPECT_TRUE(resident.ok()) << resident.status();
+  EXPECT_EQ(backend->device_bytes_in_use(), size);
+  EXPECT_TRUE(backend->Healthy().ok());
 }
 
 TEST(CudaBackendTest, StreamsOfManyThreadsDoNotDisturbEachOther) {

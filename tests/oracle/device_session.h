@@ -55,11 +55,17 @@ class DeviceSession {
 
   template <typename T>
   Output<T> Poisoned(int64_t count) {
-    Output<T> output;
-    output.count = count;
-    const int64_t size = count * static_cast<int64_t>(sizeof(T)) + kGuardBytes;
-    output.host_source = backend_.AllocateHost(size).value();
-    std::memset(output.host_source.data(), static_cast<int>(kPoison), static_cast<size_t>(size));
+    Output<T> output = HostPoisoned<T>(count);
+    output.device = backend_.ToDevice(output.host_source, *stream_).value();
+    return output;
+  }
+  // What an operation changes in place.
+  template <typename T>
+  Output<T> Holding(const std::vector<T>& values) {
+    Output<T> output = HostPoisoned<T>(static_cast<int64_t>(values.size()));
+    if (!values.empty()) {
+      std::memcpy(output.host_source.data(), values.data(), values.size() * sizeof(T));
+    }
     output.device = backend_.ToDevice(output.host_source, *stream_).value();
     return output;
   }
@@ -83,6 +89,15 @@ class DeviceSession {
   }
 
  private:
+  template <typename T>
+  Output<T> HostPoisoned(int64_t count) {
+    Output<T> output;
+    output.count = count;
+    const int64_t size = count * static_cast<int64_t>(sizeof(T)) + kGuardBytes;
+    output.host_source = backend_.AllocateHost(size).value();
+    std::memset(output.host_source.data(), static_cast<int>(kPoison), static_cast<size_t>(size));
+    return output;
+  }
   std::byte* UploadBytes(const void* bytes, size_t size) {
     Buffer host = backend_.AllocateHost(static_cast<int64_t>(size)).value();
     std::memcpy(host.data(), bytes, size);

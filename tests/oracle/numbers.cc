@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <map>
+#include <vector>
 
 namespace dynsplit::oracle {
 namespace {
@@ -129,6 +131,46 @@ void EncodeElement(DType dtype, float value, std::byte* element) {
     case DType::kInt32:
       return Store(element, static_cast<int32_t>(std::nearbyint(value)));
   }
+}
+
+namespace {
+
+struct Number {
+  double value;
+  std::vector<std::byte> element;
+};
+
+// All numbers of a type but -0, ascending.
+std::vector<Number> AllNumbers(DType dtype) {
+  const auto size = static_cast<size_t>(DTypeBytes(dtype));
+  std::vector<Number> numbers;
+  for (uint32_t code = 0; code < 1U << (8 * size); ++code) {
+    std::vector<std::byte> element(size);
+    std::memcpy(element.data(), &code, size);
+    const double value = DecodeElement(dtype, element.data());
+    if (std::isnan(value) || (value == 0 && std::signbit(value))) continue;
+    numbers.push_back({value, element});
+  }
+  std::sort(numbers.begin(), numbers.end(),
+            [](const Number& a, const Number& b) { return a.value < b.value; });
+  return numbers;
+}
+
+const std::vector<Number>& NumbersOf(DType dtype) {
+  static auto& tables = *new std::map<DType, std::vector<Number>>;
+  std::vector<Number>& table = tables[dtype];
+  if (table.empty()) table = AllNumbers(dtype);
+  return table;
+}
+
+}  // namespace
+
+void EncodeBound(DType dtype, double value, bool up, std::byte* element) {
+  const std::vector<Number>& numbers = NumbersOf(dtype);
+  auto bound = std::lower_bound(numbers.begin(), numbers.end(), value,
+                                [](const Number& n, double x) { return n.value < x; });
+  if (!up && bound->value > value) --bound;
+  std::copy(bound->element.begin(), bound->element.end(), element);
 }
 
 const std::byte* ElementAddress(const TensorView& view, int64_t token, int32_t head, int32_t c) {

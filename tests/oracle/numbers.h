@@ -17,6 +17,10 @@ float DecodeElement(DType dtype, const std::byte* element);
 // saturate (448, 57344, 127).
 void EncodeElement(DType dtype, float value, std::byte* element);
 
+// Stores the largest number of the type that is <= value (up: the smallest >= value); zeros as +0.
+// Types of at most 16 bits; bfloat16 and float16 have infinities, |value| <= 448 for kFloat8E4M3.
+void EncodeBound(DType dtype, double value, bool up, std::byte* element);
+
 // Address and value (code * scale, one fp32 rounding) of an element of a view in host memory.
 const std::byte* ElementAddress(const TensorView& view, int64_t token, int32_t head, int32_t c);
 float ElementValue(const TensorView& view, int64_t token, int32_t head, int32_t c);

@@ -12,6 +12,7 @@
 #include "tests/oracle/numbers.h"
 #include "tests/oracle/parity_suite.h"
 #include "tests/oracle/reference.h"
+#include "tests/oracle/tolerance.h"
 
 namespace dynsplit::oracle {
 namespace {
@@ -24,18 +25,6 @@ struct GatherCase {
   int32_t rotary_dim = 0;
   bool interleaved = false;
 };
-
-template <typename T>
-void ExpectSameBits(const std::vector<T>& actual, const std::vector<T>& expected,
-                    const char* what) {
-  ASSERT_EQ(actual.size(), expected.size()) << what;
-  if (actual.empty()) return;
-  if (std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0) return;
-  for (size_t i = 0; i < actual.size(); ++i) {
-    ASSERT_EQ(std::memcmp(&actual[i], &expected[i], sizeof(T)), 0)
-        << what << " differ first at " << i;
-  }
-}
 
 void CheckGather(Backend& backend, const ParityShape& shape, const HostTensor& source,
                  const GatherCase& test) {
@@ -68,6 +57,62 @@ void CheckGather(Backend& backend, const ParityShape& shape, const HostTensor& s
   ExpectSameBits(session.Read(std::move(pages)), expected.bytes, "page bytes");
 }
 
+// Head-major rows with spare ones between heads, from the second slot on: [Hkv, capacity, D] and
+// scales [Hkv, capacity].
+void CheckStridedGather(Backend& backend, const ParityShape& shape, const HostTensor& source,
+                        const GatherCase& test, bool all_tokens, int32_t page_size) {
+  SCOPED_TRACE("strided, format " + std::to_string(static_cast<int>(test.format)) +
+               ", granularity " + std::to_string(static_cast<int>(test.granularity)) +
+               ", pages of " + std::to_string(page_size) + (all_tokens ? ", all tokens" : ""));
+  const KeptSets kept = RandomKept(shape, 34);
+  GatherPagesParams params{.source = source.view(),
+                           .kept = all_tokens ? nullptr : kept.tokens.data(),
+                           .groups = all_tokens ? 1 : kept.groups,
+                           .num_kept = all_tokens ? shape.num_tokens : kept.num_kept,
+                           .page_size = page_size,
+                           .format = test.format,
+                           .scale_granularity = test.granularity,
+                           .out_dtype = EncodedType(shape.dtype, test.format, false),
+                           .rotation = {}};
+  const Pages dense = GatherPages(params);
+  const int32_t heads = shape.num_kv_heads;
+  const int64_t num_slots = (params.num_kept + page_size - 1) / page_size * page_size;
+  const int64_t capacity = num_slots + 3;
+  const int64_t row_bytes = shape.head_dim * DTypeBytes(params.out_dtype);
+  const bool scales_per_token = static_cast<int64_t>(dense.scales.size()) == num_slots * heads &&
+                                (num_slots > 1 || test.granularity == ScaleGranularity::kTokenHead);
+  std::vector<std::byte> rows(static_cast<size_t>(heads * capacity * row_bytes), kPoison);
+  std::vector<float> scales(dense.scales);
+  if (scales_per_token) {
+    float poison = 0;
+    std::memset(&poison, static_cast<int>(kPoison), sizeof(poison));
+    scales.assign(static_cast<size_t>(heads * capacity), poison);
+  }
+  for (int64_t s = 0; s < num_slots; ++s) {
+    for (int32_t h = 0; h < heads; ++h) {
+      const auto from = dense.bytes.begin() + (s * heads + h) * row_bytes;
+      std::copy(from, from + row_bytes, rows.begin() + (h * capacity + s + 1) * row_bytes);
+      if (!scales_per_token) continue;
+      scales[static_cast<size_t>(h * capacity + s + 1)] =
+          dense.scales[static_cast<size_t>(s * heads + h)];
+    }
+  }
+  DeviceSession session(backend);
+  params.source = session.Upload(source);
+  if (!all_tokens) params.kept = session.Upload(kept.tokens);
+  auto out_rows = session.Poisoned<std::byte>(static_cast<int64_t>(rows.size()));
+  auto out_scales = session.Poisoned<float>(static_cast<int64_t>(scales.size()));
+  params.pages = out_rows.data() + row_bytes;
+  if (!scales.empty()) params.scales = out_scales.data() + (scales_per_token ? 1 : 0);
+  params.slot_stride_bytes = row_bytes;
+  params.head_stride_bytes = capacity * row_bytes;
+  params.scale_head_stride = capacity;
+  const absl::Status status = backend.GatherPages(params, session.stream());
+  ASSERT_TRUE(status.ok()) << status;
+  ExpectSameBits(session.Read(std::move(out_scales)), scales, "scales");
+  ExpectSameBits(session.Read(std::move(out_rows)), rows, "rows");
+}
+
 int32_t RunCheckFinite(Backend& backend, const HostTensor& tensor) {
   DeviceSession session(backend);
   Output<int32_t> first = session.Poisoned<int32_t>(1);
@@ -86,9 +131,17 @@ void CheckGatherPages(Backend& backend, const ParityShape& shape) {
   }
   CheckGather(backend, shape, source,
               {shape.format, shape.granularity, shape.rotary_dim, shape.interleaved});
-  if (!shape.small()) return;
+  CheckStridedGather(backend, shape, source, {shape.format, ScaleGranularity::kTokenHead},
+                     /*all_tokens=*/true, /*page_size=*/1);
+  if (!shape.small() || testing::Test::HasFatalFailure()) return;
   for (Format format : {Format::kAsIs, Format::kFloat8E4M3, Format::kInt8}) {
     for (auto granularity : {ScaleGranularity::kHead, ScaleGranularity::kTokenHead}) {
+      for (bool all_tokens : {false, true}) {
+        for (int32_t page_size : {1, shape.page_size}) {
+          CheckStridedGather(backend, shape, source, {format, granularity}, all_tokens, page_size);
+          if (testing::Test::HasFatalFailure()) return;
+        }
+      }
       for (int32_t rotary_dim : {0, shape.head_dim, shape.head_dim / 8 * 2}) {
         for (bool interleaved : {false, true}) {
           CheckGather(backend, shape, source, {format, granularity, rotary_dim, interleaved});
@@ -182,8 +235,8 @@ void CheckBeyondTwoGibiElements(Backend& backend) {
                   .SummarizeBlocks({.keys = view,
                                     .block_starts = session.Upload(starts),
                                     .num_blocks = num_blocks,
-                                    .min = min.data(),
-                                    .max = max.data()},
+                                    .summaries = DenseSummaries(DType::kFloat32, kHeads, kDim,
+                                                                min.data(), max.data(), nullptr)},
                                    session.stream())
                   .ok());
   const std::vector<float> min_values = session.Read(std::move(min));

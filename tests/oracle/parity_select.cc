@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parity of SelectTokens: selections are equal, not close.
+// Parity of SelectTokens and SelectBlocks: selections are equal, not close.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <span>
 #include <string>
 
 #include "tests/oracle/device_session.h"
 #include "tests/oracle/parity_suite.h"
 #include "tests/oracle/reference.h"
+#include "tests/oracle/tolerance.h"
 
 namespace dynsplit::oracle {
 namespace {
@@ -127,7 +129,127 @@ void CheckAllBudgets(Backend& backend, SelectionCase test) {
   }
 }
 
+struct BlockSelectionCase {
+  std::string name;
+  std::vector<float> block_scores;
+  SelectBlocksItem item;  // pointers null
+};
+
+// Heads and tails that end within blocks, at their ends, and that leave nothing; all budgets.
+std::vector<BlockSelectionCase> BlockSelectionCases(const std::vector<int32_t>& all_starts,
+                                                    int32_t groups) {
+  std::vector<BlockSelectionCase> cases;
+  Random random(23);
+  const auto score = [&](int kind) -> float {
+    const int64_t draw = random.Between(0, 39);
+    switch (kind) {
+      case 0:
+        return random.Normal();
+      case 1:  // ties
+        return static_cast<float>(draw % 4) - 1.5F;
+      case 2:
+        return draw % 3 == 0 ? -0.0F : draw % 3 == 1 ? 0.0F : -1.0F;
+      default:
+        return draw % 4 == 0   ? kNan
+               : draw % 4 == 1 ? -kNan
+               : draw % 4 == 2 ? -kInfinity
+               : draw == 3     ? kInfinity
+                               : random.Normal();
+    }
+  };
+  const auto most_blocks = static_cast<int64_t>(all_starts.size()) - 1;
+  for (int kind = 0; kind < 4; ++kind) {
+    for (int64_t num_blocks : {most_blocks, std::max<int64_t>(1, most_blocks / 2)}) {
+      const int64_t num_tokens = all_starts[static_cast<size_t>(num_blocks)];
+      const std::pair<int64_t, int64_t> spans[] = {
+          {0, num_tokens},
+          {4, num_tokens - 3},
+          {all_starts[1], all_starts[static_cast<size_t>(num_blocks) - 1]},
+          {num_tokens / 3 + 1, num_tokens / 2},
+          {num_tokens / 2, num_tokens / 2}};
+      for (auto [low, high] : spans) {
+        const int64_t prefix_end = std::clamp<int64_t>(low, 0, num_tokens);
+        const int64_t suffix_begin = std::clamp(high, prefix_end, num_tokens);
+        const int64_t least = prefix_end + num_tokens - suffix_begin;
+        for (int64_t budget : {least, least + 1, least + 17, (9 * least + num_tokens) / 10,
+                               (least + num_tokens) / 2, num_tokens - 1, num_tokens}) {
+          BlockSelectionCase test;
+          test.item.num_blocks = num_blocks;
+          test.item.num_tokens = num_tokens;
+          test.item.prefix_end = prefix_end;
+          test.item.suffix_begin = suffix_begin;
+          test.item.num_selected = std::clamp(budget, least, num_tokens);
+          test.name = "scores " + std::to_string(kind) + ", T " + std::to_string(num_tokens) +
+                      ", free [" + std::to_string(prefix_end) + ", " +
+                      std::to_string(suffix_begin) + "), n " +
+                      std::to_string(test.item.num_selected);
+          for (int64_t i = 0; i < groups * num_blocks; ++i)
+            test.block_scores.push_back(score(kind));
+          cases.push_back(std::move(test));
+        }
+      }
+    }
+  }
+  return cases;
+}
+
+// What SelectTokens keeps where the head and the tail are protected.
+std::vector<int32_t> AsSelectTokens(const BlockSelectionCase& test,
+                                    const std::vector<int32_t>& starts, int32_t groups) {
+  std::vector<uint8_t> is_protected(static_cast<size_t>(test.item.num_tokens), 0);
+  for (int64_t t = 0; t < test.item.num_tokens; ++t) {
+    is_protected[static_cast<size_t>(t)] = t < test.item.prefix_end || t >= test.item.suffix_begin;
+  }
+  const Selection selection = SelectTokens({.block_scores = test.block_scores.data(),
+                                            .groups = groups,
+                                            .num_tokens = test.item.num_tokens,
+                                            .block_starts = starts.data(),
+                                            .num_blocks = test.item.num_blocks,
+                                            .protected_tokens = is_protected.data(),
+                                            .num_kept = test.item.num_selected});
+  std::vector<int32_t> tokens;
+  for (const auto& group : selection.kept) tokens.insert(tokens.end(), group.begin(), group.end());
+  return tokens;
+}
+
+void CheckBatch(Backend& backend, std::span<const BlockSelectionCase> cases,
+                const std::vector<int32_t>& starts, int32_t groups) {
+  DeviceSession session(backend);
+  const int32_t* device_starts = session.Upload(starts);
+  std::vector<SelectBlocksItem> items;
+  std::vector<Output<int32_t>> tokens;
+  for (const BlockSelectionCase& test : cases) {
+    tokens.push_back(session.Poisoned<int32_t>(groups * test.item.num_selected));
+    items.push_back(test.item);
+    items.back().block_scores = session.Upload(test.block_scores);
+    items.back().block_starts = device_starts;
+    items.back().tokens = tokens.back().data();
+  }
+  const absl::Status status =
+      backend.SelectBlocks({.items = items, .groups = groups}, session.stream());
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    SelectBlocksItem host = cases[i].item;
+    host.block_scores = cases[i].block_scores.data();
+    host.block_starts = starts.data();
+    const std::vector<int32_t> expected = SelectBlocks(host, groups);
+    ASSERT_EQ(AsSelectTokens(cases[i], starts, groups), expected) << cases[i].name;
+    ExpectEqual(session.Read(std::move(tokens[i])), expected, cases[i].name);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 }  // namespace
+
+void CheckSelectBlocks(Backend& backend, const ParityShape& shape) {
+  const std::vector<int32_t> starts = RandomBlockStarts(shape, 24);
+  for (int32_t groups : {1, shape.num_kv_heads}) {
+    const std::vector<BlockSelectionCase> cases = BlockSelectionCases(starts, groups);
+    CheckBatch(backend, cases, starts, groups);
+    CheckBatch(backend, std::span(cases).subspan(3, 1), starts, groups);
+    if (testing::Test::HasFatalFailure() || shape.num_kv_heads == 1) return;
+  }
+}
 
 void CheckSelectTokens(Backend& backend, const ParityShape& shape) {
   CheckAllBudgets(backend, RandomCase(shape));

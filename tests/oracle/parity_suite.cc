@@ -8,38 +8,65 @@
 namespace dynsplit::oracle {
 namespace {
 
-using Check = void (*)(Backend&, const ParityShape&);
+using Check = std::function<void(Backend&)>;
 
 class ParityTest : public testing::Test {
  public:
-  ParityTest(BackendFactory backend, Check check, const ParityShape& shape)
-      : backend_(std::move(backend)), check_(check), shape_(shape) {}
+  ParityTest(BackendFactory backend, Check check)
+      : backend_(std::move(backend)), check_(std::move(check)) {}
 
   void TestBody() override {
     Backend* backend = backend_();
     if (backend == nullptr) GTEST_SKIP() << "no such device here";
-    check_(*backend, shape_);
+    check_(*backend);
   }
 
  private:
   BackendFactory backend_;
   Check check_;
-  const ParityShape& shape_;
 };
 
 struct NamedCheck {
   const char* name;
-  Check check;
+  void (*check)(Backend&, const ParityShape&);
 };
 
 constexpr NamedCheck kChecks[] = {
-    {"ScoreWindow", CheckScoreWindow},         {"ScoreKeys", CheckScoreKeys},
-    {"ReduceRows", CheckReduceRows},           {"ReduceBlocks", CheckReduceBlocks},
-    {"SummarizeBlocks", CheckSummarizeBlocks}, {"ScoreBlocks", CheckScoreBlocks},
-    {"SelectTokens", CheckSelectTokens},       {"SelectAdversarial", CheckSelectAdversarial},
-    {"GatherPages", CheckGatherPages},         {"MeasureAttention", CheckMeasureAttention},
-    {"MeasureSpans", CheckMeasureSpans},       {"CheckFinite", CheckCheckFinite},
+    {"ScoreWindow", CheckScoreWindow},
+    {"ScoreKeys", CheckScoreKeys},
+    {"ReduceRows", CheckReduceRows},
+    {"ReduceBlocks", CheckReduceBlocks},
+    {"SummarizeBlocks", CheckSummarizeBlocks},
+    {"BlockBound", CheckBlockBound},
+    {"ScoreBlocks", CheckScoreBlocks},
+    {"SelectBlocks", CheckSelectBlocks},
+    {"AttendTokens", CheckAttendTokens},
+    {"RefreshRows", CheckRefreshRows},
+    {"ResidentMemory", CheckResidentMemory},
+    {"SelectTokens", CheckSelectTokens},
+    {"SelectAdversarial", CheckSelectAdversarial},
+    {"GatherPages", CheckGatherPages},
+    {"MeasureAttention", CheckMeasureAttention},
+    {"MeasureSpans", CheckMeasureSpans},
+    {"CheckFinite", CheckCheckFinite},
 };
+
+struct NamedBackendCheck {
+  const char* name;
+  void (*check)(Backend&);
+};
+
+constexpr NamedBackendCheck kBackendChecks[] = {
+    {"Copies", CheckCopies},
+    {"ResidentLimits", CheckResidentLimits},
+};
+
+void Register(const std::string& suite, const std::string& name, const BackendFactory& backend,
+              const Check& check) {
+  testing::RegisterTest(
+      suite.c_str(), name.c_str(), nullptr, nullptr, __FILE__, __LINE__,
+      [backend, check]() -> ParityTest* { return new ParityTest(backend, check); });
+}
 
 }  // namespace
 
@@ -48,13 +75,14 @@ int RegisterParityTests(const std::string& prefix, BackendFactory backend) {
   int count = 0;
   for (const NamedCheck& check : kChecks) {
     for (const ParityShape& shape : ParityShapes()) {
-      const std::string name = std::string(check.name) + "/" + shape.name;
-      testing::RegisterTest(suite.c_str(), name.c_str(), nullptr, nullptr, __FILE__, __LINE__,
-                            [backend, check, &shape]() -> ParityTest* {
-                              return new ParityTest(backend, check.check, shape);
-                            });
+      Register(suite, std::string(check.name) + "/" + shape.name, backend,
+               [check, &shape](Backend& device) { check.check(device, shape); });
       ++count;
     }
+  }
+  for (const NamedBackendCheck& check : kBackendChecks) {
+    Register(suite, check.name, backend, check.check);
+    ++count;
   }
   return count;
 }

@@ -30,13 +30,21 @@ void CheckScoreKeys(Backend& backend, const ParityShape& shape);
 void CheckReduceRows(Backend& backend, const ParityShape& shape);
 void CheckReduceBlocks(Backend& backend, const ParityShape& shape);
 void CheckSummarizeBlocks(Backend& backend, const ParityShape& shape);
+void CheckBlockBound(Backend& backend, const ParityShape& shape);
 void CheckScoreBlocks(Backend& backend, const ParityShape& shape);
 void CheckSelectTokens(Backend& backend, const ParityShape& shape);
 void CheckSelectAdversarial(Backend& backend, const ParityShape& shape);
+void CheckSelectBlocks(Backend& backend, const ParityShape& shape);
+void CheckAttendTokens(Backend& backend, const ParityShape& shape);
+void CheckRefreshRows(Backend& backend, const ParityShape& shape);
 void CheckGatherPages(Backend& backend, const ParityShape& shape);
 void CheckMeasureAttention(Backend& backend, const ParityShape& shape);
 void CheckMeasureSpans(Backend& backend, const ParityShape& shape);
 void CheckCheckFinite(Backend& backend, const ParityShape& shape);
+void CheckResidentMemory(Backend& backend, const ParityShape& shape);
+// Without a shape: "<prefix>Parity.<Name>".
+void CheckCopies(Backend& backend);
+void CheckResidentLimits(Backend& backend);
 
 // GatherPages, CheckFinite and SummarizeBlocks on more than 2^31 elements (needs 5 GiB). Byte
 // offsets and element counts that are 32 bits wide anywhere fail here.

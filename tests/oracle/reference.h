@@ -23,15 +23,34 @@ std::vector<float> ReduceRows(const ReduceRowsParams& params);  // reads params.
 std::vector<float> ReduceBlocks(const ReduceBlocksParams& params);  // [rows, B]
 
 struct Summaries {
-  std::vector<double> min, max, mean;  // [B, Hkv, D], not yet rounded to out_dtype
+  std::vector<double> min, max, mean;  // [B, Hkv, D], not yet rounded to a type
 };
 Summaries SummarizeBlocks(const SummarizeBlocksParams& params);
-std::vector<double> ScoreBlocks(const ScoreBlocksParams& params);  // [Hkv, B]
+// Rounds summaries of all blocks to params.summaries.dtype (bounds outward, means to nearest) and
+// writes those of [first_block, num_blocks) to the params' pointers, which are host pointers here.
+void StoreSummaries(const Summaries& summaries, const SummarizeBlocksParams& params);
+// Smallest power of two >= 2^-120 with amax <= 448 times it; 1 for 0.
+double PowerOfTwoScale(double amax);
+// Element c of row (block j, head h) of params.min, max or mean, decoded.
+double SummaryValue(const BlockSummaries& summaries, const std::byte* base, const float* scales,
+                    int64_t j, int32_t h, int32_t c);
+std::vector<double> ScoreBlocks(const ScoreBlocksItem& item, int32_t num_kv_heads,
+                                float softmax_scale);  // [Hkv, B]
 
 struct Selection {
   std::vector<std::vector<int32_t>> kept;  // per group, ascending
 };
 Selection SelectTokens(const SelectTokensParams& params);
+
+std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups);  // [groups, n]
+
+// Both in the fp32 logits' reach; output [Hq, D], lse [Hq].
+struct Attention {
+  std::vector<double> output, lse;
+};
+Attention AttendTokens(const AttendTokensItem& item, int32_t groups, float softmax_scale);
+// In place: held, rows, scales, moved_slots and num_moved of the item are host memory here.
+void RefreshRows(const RefreshRowsItem& item, int32_t groups, int64_t num_rows);
 
 DType EncodedType(DType source, EncodingPolicy::Format format, bool rotated);
 struct Pages {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <set>
 
 #include "tests/oracle/numbers.h"
 #include "tests/oracle/reference.h"
@@ -146,14 +147,18 @@ Pages GatherPages(const GatherPagesParams& p) {
   if (scaled) out.scales.assign(static_cast<size_t>(per_token ? num_slots * heads : heads), 1.0F);
 
   for (int32_t h = 0; h < heads; ++h) {
-    const int32_t* kept = p.kept + (p.groups == 1 ? 0 : h) * p.num_kept;
+    std::vector<int32_t> kept(static_cast<size_t>(p.num_kept));
+    std::iota(kept.begin(), kept.end(), 0);
+    if (p.kept != nullptr) {
+      std::copy_n(p.kept + (p.groups == 1 ? 0 : h) * p.num_kept, p.num_kept, kept.begin());
+    }
     std::vector<std::vector<float>> rows;
     for (int64_t s = 0; s < p.num_kept; ++s) {
       std::vector<float> row;
       for (int32_t c = 0; c < source.head_dim; ++c) {
-        row.push_back(ElementValue(source, kept[s], h, c));
+        row.push_back(ElementValue(source, kept[static_cast<size_t>(s)], h, c));
       }
-      if (rotated) TurnBack(p.rotation, kept[s] - s, row);
+      if (rotated) TurnBack(p.rotation, kept[static_cast<size_t>(s)] - s, row);
       rows.push_back(row);
     }
     float head_amax = 0;
@@ -165,9 +170,11 @@ Pages GatherPages(const GatherPagesParams& p) {
       std::byte* slot = out.bytes.data() + (s * heads + h) * row_bytes;
       if (copied) {
         if (scaled && per_token) {
-          out.scales[static_cast<size_t>(s * heads + h)] = ElementScale(source, kept[s], h);
+          out.scales[static_cast<size_t>(s * heads + h)] =
+              ElementScale(source, kept[static_cast<size_t>(s)], h);
         }
-        std::memcpy(slot, ElementAddress(source, kept[s], h, 0), static_cast<size_t>(row_bytes));
+        std::memcpy(slot, ElementAddress(source, kept[static_cast<size_t>(s)], h, 0),
+                    static_cast<size_t>(row_bytes));
         continue;
       }
       const auto& row = rows[static_cast<size_t>(s)];
@@ -183,6 +190,38 @@ Pages GatherPages(const GatherPagesParams& p) {
     }
   }
   return out;
+}
+
+void RefreshRows(const RefreshRowsItem& item, int32_t groups, int64_t num_rows) {
+  const auto move = [&](const TensorView& source, int32_t token, int32_t head, int64_t row,
+                        std::byte* rows, float* scales) {
+    const int64_t row_bytes = source.head_dim * DTypeBytes(source.dtype);
+    if (rows != nullptr) {
+      std::memcpy(rows + row * row_bytes, ElementAddress(source, token, head, 0),
+                  static_cast<size_t>(row_bytes));
+    }
+    if (scales != nullptr) scales[row] = ElementScale(source, token, head);
+  };
+  for (int32_t h = 0; h < item.keys.num_heads; ++h) {
+    const int32_t* wanted = item.wanted + (groups == 1 ? 0 : h) * num_rows;
+    int32_t* held = item.held + h * num_rows;
+    const std::set<int32_t> wants(wanted, wanted + num_rows);
+    std::set<int32_t> missing = wants;
+    for (int64_t s = 0; s < num_rows; ++s) missing.erase(held[s]);
+    int32_t moved = 0;
+    for (int64_t s = 0; s < num_rows; ++s) {
+      if (wants.count(held[s]) > 0) continue;
+      held[s] = *missing.begin();
+      missing.erase(missing.begin());
+      move(item.keys, held[s], h, h * num_rows + s, item.key_rows, item.key_scales);
+      move(item.values, held[s], h, h * num_rows + s, item.value_rows, item.value_scales);
+      if (item.moved_slots != nullptr) {
+        item.moved_slots[h * num_rows + moved] = static_cast<int32_t>(s);
+      }
+      ++moved;
+    }
+    item.num_moved[h] = moved;
+  }
 }
 
 int32_t CheckFinite(const CheckFiniteParams& params) {

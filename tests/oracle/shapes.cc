@@ -15,7 +15,14 @@ std::vector<ParityShape> MakeShapes() {
   std::vector<ParityShape> shapes;
   const auto add = [&shapes](ParityShape shape) { shapes.push_back(std::move(shape)); };
 
-  // The smallest sequences a window fits in.
+  // The smallest sequences, and those that a window just fits in.
+  add({.name = "one_token",
+       .num_tokens = 1,
+       .num_query_heads = 6,
+       .num_kv_heads = 2,
+       .head_dim = 64,
+       .min_block = 1,
+       .max_block = 1});
   add({.name = "two_tokens", .num_tokens = 2, .head_dim = 8, .min_block = 1, .max_block = 1});
   add({.name = "three_tokens_window_two",
        .num_tokens = 3,
@@ -310,6 +317,15 @@ std::vector<ParityShape> MakeShapes() {
        .layout = Layout::kPaged,
        .input_page_size = 16,
        .format = Format::kFloat8E4M3});
+  add({.name = "tokens_40013_many_blocks",
+       .num_tokens = 40013,
+       .num_query_heads = 8,
+       .num_kv_heads = 2,
+       .head_dim = 128,
+       .num_queries = 2,
+       .layout = Layout::kHeadMajor,
+       .kept_per_head = true,
+       .kept_ratio = 0.1});
   add({.name = "tokens_70001_one_head",
        .num_tokens = 70001,
        .num_query_heads = 2,

@@ -26,7 +26,7 @@ struct ParityShape {
   int32_t num_query_heads = 1;
   int32_t num_kv_heads = 1;
   int32_t head_dim = 64;
-  int32_t num_queries = 1;  // window, 1 <= W < T
+  int32_t num_queries = 1;  // window, 1 <= W <= T; ScoreWindow needs W < T
   DType dtype = DType::kBFloat16;
   Layout layout = Layout::kDense;
   int32_t input_page_size = 16;                                  // paged layouts

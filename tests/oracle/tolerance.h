@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -67,6 +68,19 @@ void ExpectEqual(const std::vector<A>& actual, const std::vector<E>& expected,
   ASSERT_EQ(actual.size(), expected.size()) << what;
   for (size_t i = 0; i < actual.size(); ++i) {
     ASSERT_EQ(actual[i], expected[i]) << what << "[" << i << "]";
+  }
+}
+
+// Equal bit for bit, and as many of them.
+template <typename T>
+void ExpectSameBits(const std::vector<T>& actual, const std::vector<T>& expected,
+                    std::string_view what) {
+  ASSERT_EQ(actual.size(), expected.size()) << what;
+  if (actual.empty()) return;
+  if (std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0) return;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    ASSERT_EQ(std::memcmp(&actual[i], &expected[i], sizeof(T)), 0)
+        << what << " differ first at " << i;
   }
 }
 

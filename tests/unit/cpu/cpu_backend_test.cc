@@ -142,6 +142,8 @@ std::vector<float> FloatResults(Backend& backend, const ParityShape& shape) {
   float* block_scores = max + summary;
   float* mass = block_scores + shape.num_kv_heads * num_blocks;
   Stream& stream = session.stream();
+  const BlockSummaries summaries =
+      DenseSummaries(DType::kFloat32, shape.num_kv_heads, shape.head_dim, min, max, nullptr);
   const int32_t* device_starts = session.Upload(starts);
   EXPECT_TRUE(backend
                   .ScoreWindow({.queries = queries,
@@ -162,21 +164,20 @@ std::vector<float> FloatResults(Backend& backend, const ParityShape& shape) {
                   .SummarizeBlocks({.keys = keys,
                                     .block_starts = device_starts,
                                     .num_blocks = num_blocks,
-                                    .min = min,
-                                    .max = max},
+                                    .summaries = summaries},
                                    stream)
                   .ok());
-  EXPECT_TRUE(backend
-                  .ScoreBlocks({.queries = queries,
-                                .block_starts = device_starts,
-                                .num_blocks = num_blocks,
-                                .num_kv_heads = shape.num_kv_heads,
-                                .min = min,
-                                .max = max,
-                                .softmax_scale = 0.125F,
-                                .block_scores = block_scores},
-                               stream)
-                  .ok());
+  const ScoreBlocksItem item{.queries = queries,
+                             .summaries = summaries,
+                             .block_starts = device_starts,
+                             .num_blocks = num_blocks,
+                             .block_scores = block_scores};
+  EXPECT_TRUE(
+      backend
+          .ScoreBlocks(
+              {.items = {&item, 1}, .num_kv_heads = shape.num_kv_heads, .softmax_scale = 0.125F},
+              stream)
+          .ok());
   EXPECT_TRUE(backend
                   .MeasureAttention({.queries = queries,
                                      .keys = keys,

@@ -47,12 +47,13 @@ MinMax Summarize(const HostTensor& keys, const std::vector<int32_t>& starts) {
   auto min = session.Poisoned<float>(count);
   auto max = session.Poisoned<float>(count);
   EXPECT_TRUE(TheBackend()
-                  .SummarizeBlocks({.keys = view,
-                                    .block_starts = session.Upload(starts),
-                                    .num_blocks = num_blocks,
-                                    .min = min.data(),
-                                    .max = max.data()},
-                                   session.stream())
+                  .SummarizeBlocks(
+                      {.keys = view,
+                       .block_starts = session.Upload(starts),
+                       .num_blocks = num_blocks,
+                       .summaries = DenseSummaries(DType::kFloat32, view.num_heads, view.head_dim,
+                                                   min.data(), max.data(), nullptr)},
+                      session.stream())
                   .ok());
   return {session.Read(std::move(min)), session.Read(std::move(max))};
 }
@@ -120,15 +121,15 @@ TEST(BlockBound, OfIdenticalKeysIsTheLogit) {
   auto block_scores = session.Poisoned<float>(6);
   auto token_scores = session.Poisoned<float>(96);
   const TensorView device_queries = session.Upload(queries);
+  const ScoreBlocksItem item{
+      .queries = device_queries,
+      .summaries = DenseSummaries(DType::kFloat32, 1, shape.head_dim, session.Upload(summary.min),
+                                  session.Upload(summary.max), nullptr),
+      .block_starts = session.Upload(starts),
+      .num_blocks = 6,
+      .block_scores = block_scores.data()};
   ASSERT_TRUE(TheBackend()
-                  .ScoreBlocks({.queries = device_queries,
-                                .block_starts = session.Upload(starts),
-                                .num_blocks = 6,
-                                .num_kv_heads = 1,
-                                .min = session.Upload(summary.min),
-                                .max = session.Upload(summary.max),
-                                .softmax_scale = 0.125F,
-                                .block_scores = block_scores.data()},
+                  .ScoreBlocks({.items = {&item, 1}, .num_kv_heads = 1, .softmax_scale = 0.125F},
                                session.stream())
                   .ok());
   ASSERT_TRUE(TheBackend()

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A decode step over resident sequences: which tokens, and which rows move.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "server/pipeline/errors.h"
+#include "server/pipeline/resident.h"
+
+namespace dynsplit {
+namespace {
+
+constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
+constexpr auto kIndexBytes = static_cast<int64_t>(sizeof(int32_t));
+
+float SoftmaxScaleOf(const ResidentSpec& spec) {
+  const double scale = spec.policy.scoring.softmax_scale;
+  return static_cast<float>(scale > 0 ? scale : 1 / std::sqrt(double{1} * spec.shape.head_dim));
+}
+
+// What items must have in common to share a launch.
+struct Kind {
+  int32_t num_query_heads, num_kv_heads, head_dim, num_queries, groups;
+  DType query_dtype, summary_dtype;
+  bool means;
+  int64_t head_stride_bytes;
+  float softmax_scale;
+  bool operator==(const Kind&) const = default;
+};
+
+Kind KindOf(const SelectionStep& step) {
+  const ResidentSequence& sequence = *step.sequence;
+  const BlockSummaries summaries = sequence.Summaries(0);
+  const SequenceShape& shape = sequence.spec().shape;
+  return {.num_query_heads = shape.num_query_heads,
+          .num_kv_heads = shape.num_kv_heads,
+          .head_dim = shape.head_dim,
+          .num_queries = step.num_queries,
+          .groups = sequence.groups(),
+          .query_dtype = step.query_dtype,
+          .summary_dtype = summaries.dtype,
+          .means = summaries.mean != nullptr,
+          .head_stride_bytes = summaries.head_stride_bytes,
+          .softmax_scale = SoftmaxScaleOf(sequence.spec())};
+}
+
+// Calls f(layer, place) for the layers of the step that are chosen from; place counts from 0.
+template <typename F>
+void ForEachLayer(const SelectionStep& step, F&& f) {
+  for (int32_t place = 0; place < step.num_layers; ++place) {
+    const int32_t layer = step.first_layer + place;
+    if (!step.sequence->dense(layer)) f(layer, place);
+  }
+}
+
+int64_t NumBlocks(const SelectionStep& step) { return step.sequence->segmentation().num_blocks(); }
+
+TensorView QueriesOf(const SelectionStep& step, int32_t place) {
+  const SequenceShape& shape = step.sequence->spec().shape;
+  const int64_t layer_bytes = int64_t{step.num_queries} * shape.num_query_heads * shape.head_dim *
+                              DTypeBytes(step.query_dtype);
+  return DenseView(step.queries + place * layer_bytes, step.query_dtype, step.num_queries,
+                   shape.num_query_heads, shape.head_dim);
+}
+
+// Steps of one kind.
+class KindSelector {
+ public:
+  KindSelector(const Kind& kind, Backend& backend, Stream& stream)
+      : kind_(kind), backend_(backend), stream_(stream) {}
+
+  void Add(const SelectionStep& step) { steps_.push_back(&step); }
+
+  absl::Status Run() {
+    absl::Status status = MakeItems();
+    if (!status.ok() || score_items_.empty()) return status;
+    status = backend_.ScoreBlocks({.items = score_items_,
+                                   .num_kv_heads = kind_.num_kv_heads,
+                                   .softmax_scale = kind_.softmax_scale},
+                                  stream_);
+    if (status.ok()) status = SumHeads();
+    if (!status.ok()) return status;
+    return backend_.SelectBlocks({.items = select_items_, .groups = kind_.groups}, stream_);
+  }
+
+ private:
+  // Whether scores by head are what selection reads, so that a caller's memory can take them.
+  bool ByHead() const { return kind_.groups == kind_.num_kv_heads; }
+
+  absl::Status MakeItems() {
+    int64_t num_scores = 0;
+    for (const SelectionStep* step : steps_) {
+      ForEachLayer(*step, [&](int32_t, int32_t) {
+        num_scores += (kind_.num_kv_heads + (ByHead() ? 0 : 1)) * NumBlocks(*step);
+      });
+    }
+    absl::StatusOr<Buffer> scores = backend_.Allocate(num_scores * kFloatBytes, stream_);
+    if (!scores.ok()) return scores.status();
+    scores_ = *std::move(scores);
+    float* next = scores_.as<float>();
+    for (const SelectionStep* step : steps_) {
+      ForEachLayer(*step, [&](int32_t layer, int32_t place) {
+        const int64_t num_blocks = NumBlocks(*step);
+        float* const own = std::exchange(next, next + kind_.num_kv_heads * num_blocks);
+        float* summed = ByHead() ? own : std::exchange(next, next + num_blocks);
+        if (step->block_scores != nullptr) {
+          summed = step->block_scores + place * kind_.groups * num_blocks;
+        }
+        AddItems(*step, layer, place, ByHead() ? summed : own, summed);
+      });
+    }
+    return absl::OkStatus();
+  }
+
+  void AddItems(const SelectionStep& step, int32_t layer, int32_t place, float* by_head,
+                float* scores) {
+    const ResidentSequence& sequence = *step.sequence;
+    const int64_t num_blocks = NumBlocks(step);
+    score_items_.push_back({.queries = QueriesOf(step, place),
+                            .summaries = sequence.Summaries(layer),
+                            .block_starts = sequence.block_starts(),
+                            .num_blocks = num_blocks,
+                            .block_scores = by_head});
+    select_items_.push_back(
+        {.block_scores = scores,
+         .block_starts = sequence.block_starts(),
+         .num_blocks = num_blocks,
+         .num_tokens = sequence.num_tokens(),
+         .prefix_end = step.budget.prefix_end,
+         .suffix_begin = step.budget.suffix_begin,
+         .num_selected = step.budget.num_selected,
+         .tokens = step.tokens + place * kind_.groups * step.budget.num_selected});
+  }
+
+  // One set for all heads of a layer ranks by the sum over them.
+  absl::Status SumHeads() {
+    if (ByHead()) return absl::OkStatus();
+    for (size_t i = 0; i < score_items_.size(); ++i) {
+      const ReduceRowsParams params = {.in = score_items_[i].block_scores,
+                                       .rows_in = kind_.num_kv_heads,
+                                       .rows_out = 1,
+                                       .columns = score_items_[i].num_blocks,
+                                       .mean = false,
+                                       .accumulate = false,
+                                       .out = const_cast<float*>(select_items_[i].block_scores)};
+      if (absl::Status status = backend_.ReduceRows(params, stream_); !status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  const Kind kind_;
+  Backend& backend_;
+  Stream& stream_;
+  std::vector<const SelectionStep*> steps_;
+  Buffer scores_;
+  std::vector<ScoreBlocksItem> score_items_;
+  std::vector<SelectBlocksItem> select_items_;
+};
+
+int64_t BudgetTokens(const BudgetPolicy& budget, int64_t num_tokens) {
+  if (budget.target == BudgetPolicy::Target::kTokens) {
+    return std::min(budget.tokens_per_head, num_tokens);
+  }
+  const auto share =
+      static_cast<int64_t>(std::floor(budget.kept_ratio * static_cast<double>(num_tokens)));
+  return std::clamp<int64_t>(share, 1, num_tokens);
+}
+
+}  // namespace
+
+absl::StatusOr<StepBudget> BudgetOfStep(const ResidentSequence& sequence, int64_t tokens_per_head) {
+  const int64_t num_tokens = sequence.num_tokens();
+  if (tokens_per_head < 0 || tokens_per_head > num_tokens) {
+    return InvalidField("tokens_per_head", absl::StrCat("is ", tokens_per_head, "; must be in [0, ",
+                                                        num_tokens, "], the session's tokens"));
+  }
+  const Policy& policy = sequence.spec().policy;
+  const ProtectionPolicy& protection = policy.protection;
+  StepBudget budget;
+  budget.suffix_begin = num_tokens - std::min(protection.num_recent_tokens, num_tokens);
+  if (policy.segmentation.method == SegmentationPolicy::Method::kDynamic) {
+    budget.suffix_begin =
+        std::min(budget.suffix_begin, int64_t{sequence.segmentation().open_begin});
+  }
+  budget.prefix_end = std::min(protection.num_sink_tokens, budget.suffix_begin);
+  budget.num_selected =
+      tokens_per_head > 0 ? tokens_per_head : BudgetTokens(policy.budget, num_tokens);
+  const int64_t num_protected = budget.prefix_end + num_tokens - budget.suffix_begin;
+  if (budget.num_selected < num_protected) {
+    budget.num_selected = num_protected;
+    budget.raised_by_protection = true;
+  }
+  return budget;
+}
+
+absl::Status SelectSteps(std::span<const SelectionStep> steps, Backend& backend, Stream& stream) {
+  std::vector<std::pair<Kind, KindSelector>> selectors;
+  for (const SelectionStep& step : steps) {
+    const Kind kind = KindOf(step);
+    auto found = std::find_if(selectors.begin(), selectors.end(),
+                              [&](const auto& entry) { return entry.first == kind; });
+    if (found == selectors.end()) {
+      selectors.emplace_back(kind, KindSelector(kind, backend, stream));
+      found = std::prev(selectors.end());
+    }
+    found->second.Add(step);
+  }
+  for (auto& [kind, selector] : selectors) {
+    if (absl::Status status = selector.Run(); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<RowSlots> EmptySlots(const ResidentSequence& sequence, int32_t first_layer,
+                                    int32_t num_layers, int64_t num_rows, Backend& backend,
+                                    Stream& stream) {
+  const int64_t bytes = num_layers * sequence.spec().shape.num_kv_heads * num_rows * kIndexBytes;
+  RowSlots slots = {.generation = 0,
+                    .first_layer = first_layer,
+                    .num_layers = num_layers,
+                    .num_rows = num_rows,
+                    .held = {}};
+  absl::StatusOr<Buffer> held = backend.AllocateResident(bytes, Residence::kDevice);
+  if (!held.ok()) return held.status();
+  absl::StatusOr<Buffer> none = backend.AllocateHost(bytes);
+  if (!none.ok()) return none.status();
+  std::memset(none->data(), 0xFF, static_cast<size_t>(bytes));  // -1 in every slot
+  absl::Status status = backend.Copy(held->data(), none->data(), bytes, stream);
+  status.Update(stream.Synchronize());
+  if (!status.ok()) return status;
+  slots.held = *std::move(held);
+  return slots;
+}
+
+absl::Status RefreshSlots(const SelectionStep& step, const RowSlots& slots,
+                          const RowDestination& rows, int32_t* moved_slots, int32_t* num_moved,
+                          Backend& backend, Stream& stream) {
+  const ResidentSequence& sequence = *step.sequence;
+  const SequenceShape& shape = sequence.spec().shape;
+  const int64_t num_rows = slots.num_rows;
+  const int64_t layer_rows = shape.num_kv_heads * num_rows;
+  const auto bytes_of = [&](DType dtype) {
+    return layer_rows * shape.head_dim * DTypeBytes(dtype);
+  };
+  const auto at = [](auto* base, int64_t offset) { return base == nullptr ? base : base + offset; };
+  std::vector<RefreshRowsItem> items;
+  ForEachLayer(step, [&](int32_t layer, int32_t place) {
+    items.push_back({.keys = sequence.Keys(layer, sequence.num_tokens()),
+                     .values = sequence.Values(layer, sequence.num_tokens()),
+                     .wanted = step.tokens + place * sequence.groups() * num_rows,
+                     .held = slots.held.as<int32_t>() + place * layer_rows,
+                     .moved_slots = at(moved_slots, place * layer_rows),
+                     .num_moved = num_moved + place * shape.num_kv_heads,
+                     .key_rows = at(rows.keys, place * bytes_of(sequence.layout().key_dtype)),
+                     .value_rows = at(rows.values, place * bytes_of(sequence.layout().value_dtype)),
+                     .key_scales = at(rows.key_scales, place * layer_rows),
+                     .value_scales = at(rows.value_scales, place * layer_rows)});
+  });
+  if (items.empty()) return absl::OkStatus();
+  return backend.RefreshRows({.items = items, .groups = sequence.groups(), .num_rows = num_rows},
+                             stream);
+}
+
+}  // namespace dynsplit
