@@ -106,11 +106,11 @@ class Options:
     """How a session is read."""
 
     budget: int | None = None  # tokens a KV head; None = all
-    exact: bool = False  # one Select a layer with its own queries; else one a step, a step ahead
+    exact: bool = False  # one Select a layer, with its own queries; else one a step, a step ahead
     append_every: int = APPEND_EVERY
-    # Select's queries are sqrt(1 - drift^2) of those it was primed with and drift of the step's own;
-    # 1 = the step's own. Less than 1 gives random weights the likeness that a real model's successive
-    # queries have.
+    # Select's queries are sqrt(1 - drift^2) of those it was primed with and drift of the step's
+    # own; 1 = the step's own. Less than 1 gives random weights the likeness that a real model's
+    # successive queries have.
     drift: float = 1.0
 
 

@@ -27,6 +27,7 @@ from attention import (
     open_session,
 )
 from runtime import Context, DecodeLoop
+from texts import text_ids
 from torch_llama import TorchLlama, attend_prompt
 
 TIE_GAP = {torch.float32: 0.0, torch.bfloat16: 0.25}
@@ -165,12 +166,11 @@ def run(context: Context) -> dict[str, Any]:
     """All texts, ways and types; `passed` says whether every judged step agreed."""
     arguments = context.arguments
     types = [torch.float32, torch.bfloat16] if context.on_gpu else [torch.float32]
-    numpy_model, _ = context.smollm2
     rows = []
     for dtype in types:
-        model = TorchLlama.from_numpy(numpy_model, context.device, dtype, 8192)
+        model = TorchLlama.from_numpy(context.smollm2, context.device, dtype, 8192)
         for kind in arguments.texts.split(","):
-            prompt = _prefill(model, context.text_ids(kind)[: arguments.check_tokens])
+            prompt = _prefill(model, text_ids(kind, arguments.cache)[: arguments.check_tokens])
             plain = _plain(model, prompt, arguments.check_steps)
             for way in _ways(context):
                 for exact in (False, True):
@@ -193,17 +193,25 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """For people."""
+    """For people: texts summed up."""
     lines = [
-        "same tokens (SmolLM2-135M, each step fed the plain run's token)",
-        f"{'text':9} {'type':9} {'way':10} {'mode':12} {'budget':>6} {'equal':>5} {'ties':>4} "
+        "same tokens (SmolLM2-135M, each step fed the plain run's token; sums over the texts)",
+        f"{'type':9} {'way':10} {'mode':12} {'budget':>6} {'texts':>5} {'equal':>5} {'ties':>4} "
         f"{'wrong':>5} {'max dlogit':>10} {'moved':>6}",
     ]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in result["rows"]:
+        key = tuple(row[name] for name in ("dtype", "way", "mode", "budget"))
+        groups.setdefault(key, []).append(row)
+    for (dtype, way, mode, budget), rows in groups.items():
+        counts = " ".join(
+            f"{sum(row[name] for row in rows):{width}}"
+            for name, width in (("equal", 5), ("ties", 4), ("wrong", 5))
+        )
         lines.append(
-            f"{row['text']:9} {row['dtype']:9} {row['way']:10} {row['mode']:12} "
-            f"{row['budget']:>6} {row['equal']:5} {row['ties']:4} {row['wrong']:5} "
-            f"{row['max_logit_difference']:10.2e} {row['moved_share']:6.1%}"
+            f"{dtype:9} {way:10} {mode:12} {budget:>6} {len(rows):5} {counts} "
+            f"{max(row['max_logit_difference'] for row in rows):10.2e} "
+            f"{sum(row['moved_share'] for row in rows) / len(rows):6.1%}"
         )
     lines.append("passed" if result["passed"] else "FAILED: steps differ with all tokens read")
     return lines

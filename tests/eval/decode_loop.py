@@ -10,7 +10,7 @@
     --naive    selection over unequal blocks: V2F against serial handling of each head
     --long     a session of a million tokens at rest as fp8 in host memory
 
-The service must run already. Without a GPU: --device cpu (--check, and --step, --naive in tiny shapes).
+The service must run already. Without a GPU: --device cpu; all but --kernels, with --tiny shapes.
 Random weights and random K and V stand in for Llama-3.1-8B: --step measures speed and memory, not
 quality; token ids are of real texts, so that blocks end where sentences do.
 """

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attention import open_session, over_rows
 from runtime import Context, device_seconds
+from texts import long_ids
 from torch_llama import LLAMA_8B
 
 POINTS = ((131072, 1), (32768, 16))  # tokens, batch
@@ -72,7 +73,7 @@ def _ours(context: Context, q: Tensor, tokens: int, batch: int) -> dict[str, Any
         queries = buffers.allocate(torch.bfloat16, batch, 1, 1, shape.num_query_heads, dim)
         chosen = buffers.allocate(torch.int32, batch, heads, budget)
         queries.tensor[:, 0, 0] = q
-        ids = context.long_ids(tokens)
+        ids = long_ids(tokens, context.arguments.cache)
         for _ in range(batch):
             pool.tensor.normal_()
             torch.cuda.synchronize()

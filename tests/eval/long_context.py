@@ -17,6 +17,7 @@ from dynsplit.v1 import types_pb2
 
 from attention import open_session
 from runtime import Context
+from texts import long_ids
 from torch_llama import LLAMA_8B, TINY
 
 APPENDED = 1000
@@ -62,7 +63,7 @@ def run(context: Context) -> dict[str, Any]:
         queries.tensor.normal_()
         chosen = buffers.allocate(torch.int32, shape.num_layers, heads, budget)
         synchronize()
-        ids = context.long_ids(tokens + APPENDED)
+        ids = long_ids(tokens + APPENDED, context.arguments.cache)
 
         def rows(count: int) -> Any:
             return (

@@ -15,8 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from dynsplit.capture import sources
 from dynsplit.sessions import SessionClient
@@ -28,7 +26,6 @@ from torch_llama import TorchLlama
 
 if TYPE_CHECKING:
     from dynsplit.capture.llama import LlamaModel
-    from dynsplit.capture.tokenizer import GgufTokenizer
     from dynsplit.engine import Engine
 
 
@@ -57,33 +54,12 @@ class Context:
         return HostBuffers(self.client)
 
     @functools.cached_property
-    def smollm2(self) -> tuple[LlamaModel, GgufTokenizer]:
-        """The real model and its tokenizer, fp32 in numpy."""
+    def smollm2(self) -> LlamaModel:
+        """The real model, fp32 in numpy."""
         from dynsplit.capture.llama import LlamaModel
-        from dynsplit.capture.tokenizer import GgufTokenizer
         from gguf import GGUFReader
 
-        reader = GGUFReader(sources.model_file(self.arguments.cache))
-        return LlamaModel(reader), GgufTokenizer(reader)
-
-    @functools.cache  # noqa: B019 - one context a run
-    def text_ids(self, kind: str) -> npt.NDArray[np.int32]:
-        """Token ids of a whole text (SmolLM2's tokenizer)."""
-        from dynsplit.capture.tokenizer import GgufTokenizer
-        from gguf import GGUFReader
-
-        tokenizer = GgufTokenizer(GGUFReader(sources.model_file(self.arguments.cache)))
-        text = sources.load_text(sources.TEXTS[kind], self.arguments.cache)
-        return np.array(tokenizer.encode(text), np.int32)
-
-    def long_ids(self, num_tokens: int) -> npt.NDArray[np.int32]:
-        """Real text, repeated where it is too short: its delimiters are what matters."""
-        joined = np.concatenate([self.text_ids(kind) for kind in ("prose", "dialogue")])
-        return np.resize(joined, num_tokens)
-
-    def __hash__(self) -> int:
-        """By identity: there is one a run."""
-        return id(self)
+        return LlamaModel(GGUFReader(sources.model_file(self.arguments.cache)))
 
 
 class DecodeLoop:

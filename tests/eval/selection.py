@@ -24,6 +24,7 @@ from torch import Tensor
 
 from attention import open_session
 from runtime import Context, wall_seconds
+from texts import long_ids
 from torch_llama import LLAMA_8B, TINY, Shape
 
 SINKS, RECENT = 4, 32
@@ -55,7 +56,7 @@ def score(queries: Tensor, low: Tensor, high: Tensor, lengths: Tensor) -> Tensor
 
 
 def protect(scores: Tensor, starts: Tensor, num_tokens: int) -> Tensor:
-    """Scores by which blocks with sinks or recent tokens come first (whole blocks, in both ways)."""
+    """Scores by which blocks with sinks or recent tokens come first, whole, in both ways."""
     first, last = starts[:-1], starts[1:]
     kept = (first < SINKS) | (last > num_tokens - RECENT)
     return scores.masked_fill(kept, float("inf"))
@@ -118,7 +119,7 @@ def _point(context: Context, shape: Shape, tokens: int) -> dict[str, Any]:
         stored = open_session(
             context.client,
             shape,
-            context.long_ids(tokens),
+            long_ids(tokens, context.arguments.cache),
             *(
                 [pool.part((kind, layer), tokens, heads, dim) for layer in layers]
                 for kind in (0, 1)
