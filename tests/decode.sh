@@ -73,7 +73,7 @@ trap 'stop; rm -rf "$work"' EXIT
 # Python sees only libisal of the bundle's libraries: the others would shadow its own.
 mkdir "$work/lib"
 for library in "$PWD"/lib/libisal.so.2*; do ln -s "$library" "$work/lib/libisal.so.2"; done
-export PYTHONPATH="$data/python:$data/tests/eval${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$data/python${PYTHONPATH:+:$PYTHONPATH}"
 
 cache=$data/data
 join_weights() {
@@ -87,7 +87,7 @@ print(f"{s.MODEL_ARCHIVE.sha256[:12]}-{s.MODEL_MEMBER.rpartition(chr(47))[2]}")'
 }
 
 start() {  # start MODE
-  LD_LIBRARY_PATH="$PWD/lib" bin/dynsplitd --backend=cuda --listen= --metrics-listen= \
+  LD_LIBRARY_PATH="$PWD/lib" bin/dynsplitd --backend=cuda --listen=127.0.0.1:0 --metrics-listen=127.0.0.1:0 \
     --unix-socket="$work/server.sock" --regions=cuda-ipc \
     --device-memory="${DEVICE_MEMORY:-72GiB}" --pinned-memory="${PINNED_MEMORY:-96GiB}" \
     --max-request-bytes=160GiB --max-in-flight-bytes=200GiB >"$out/dynsplitd_$1.log" 2>&1 &
@@ -136,7 +136,7 @@ case " $modes " in
     fi
     ;;
 esac
-run check 120
+run check 150
 run kernels 90 "${bench[@]}"
 run step 240
 run naive 60

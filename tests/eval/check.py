@@ -10,7 +10,7 @@ plain run's two best logits are at most two such steps (0.25) apart; those are c
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,16 @@ def _run_way(
         buffers.close()
 
 
+def _readings(context: Context, with_small: bool) -> Iterator[tuple[str, Options]]:
+    """Ways and options: all tokens, speculatively and exactly; and few of them."""
+    tokens = context.arguments.check_tokens
+    for way in _ways(context):
+        yield way, Options()
+        yield way, Options(exact=True)
+        if with_small:
+            yield way, Options(budget=max(64, int(SMALL_BUDGET * tokens)))
+
+
 def run(context: Context) -> dict[str, Any]:
     """All texts, ways and types; `passed` says whether every judged step agreed."""
     arguments = context.arguments
@@ -172,22 +182,15 @@ def run(context: Context) -> dict[str, Any]:
         for kind in arguments.texts.split(","):
             prompt = _prefill(model, text_ids(kind, arguments.cache)[: arguments.check_tokens])
             plain = _plain(model, prompt, arguments.check_steps)
-            for way in _ways(context):
-                for exact in (False, True):
-                    options = Options(budget=None, exact=exact)
-                    row = {
-                        "text": kind,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "way": way,
-                        "mode": "exact" if exact else "speculative",
-                        "budget": "all",
-                    }
-                    row |= _run_way(context, model, prompt, plain, way, options)
-                    rows.append(row)
-            small = Options(budget=max(64, int(SMALL_BUDGET * arguments.check_tokens)))
-            row = {"text": kind, "dtype": rows[-1]["dtype"], "way": way}
-            row |= {"mode": "speculative", "budget": f"{SMALL_BUDGET:.0%}"}
-            rows.append(row | _run_way(context, model, prompt, plain, way, small))
+            for way, options in _readings(context, with_small=dtype == types[-1]):
+                row = {
+                    "text": kind,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "way": way,
+                    "mode": "exact" if options.exact else "speculative",
+                    "budget": str(options.budget or "all"),
+                }
+                rows.append(row | _run_way(context, model, prompt, plain, way, options))
     judged = [row for row in rows if row["budget"] == "all"]
     return {"rows": rows, "passed": all(row["wrong"] == 0 for row in judged)}
 

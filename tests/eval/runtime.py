@@ -74,7 +74,7 @@ class DecodeLoop:
         self._inputs = first.clone()
         self._positions = torch.full_like(first, position)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        self._pool: Any = torch.cuda.graph_pool_handle() if graphs else None
         self.logits: Tensor | None = None
 
     def _compute(self) -> None:
@@ -92,13 +92,21 @@ class DecodeLoop:
                 self._compute()
                 self.tokens.copy_(saved[0])
                 self._positions.copy_(saved[1])
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                self._compute()
-            self._pool = graph.pool()
-            self._graphs[tail] = graph
+            self._graphs[tail] = self._capture()
         return self._graphs[tail]
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; torch.cuda.graph would empty the allocator's cache every time."""
+        torch.cuda.synchronize()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._compute()
+            finally:
+                graph.capture_end()
+        torch.cuda.synchronize()
+        return graph
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -174,9 +182,12 @@ class PeakMemory:
         if enabled:
             self._nvml = ctypes.CDLL("libnvidia-ml.so.1")
             uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}".encode()
-            if self._nvml.nvmlInit_v2() != 0 or self._nvml.nvmlDeviceGetHandleByUUID(
+            found = self._nvml.nvmlInit_v2() or self._nvml.nvmlDeviceGetHandleByUUID(
                 uuid, ctypes.byref(self._device)
-            ):
+            )
+            if found != 0:  # a container may hide UUIDs: then there is one device to see
+                found = self._nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self._device))
+            if found != 0:
                 raise OSError("NVML does not know the device")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)

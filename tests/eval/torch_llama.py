@@ -202,9 +202,9 @@ def attend_prompt(
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keep(layer, q, k, v)
-        heads_first = [part.transpose(0, 1)[None] for part in (q, k, v)]
+        query, key, value = (part.transpose(0, 1)[None] for part in (q, k, v))
         mixed = functional.scaled_dot_product_attention(
-            *heads_first, is_causal=True, enable_gqa=True
+            query, key, value, is_causal=True, enable_gqa=True
         )
         return mixed[0].transpose(0, 1)
 

@@ -46,8 +46,8 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionCl
     if binary is None:
         pytest.skip("no dynsplitd with sessions: set DYNSPLITD")
     path = tmp_path / "server.sock"
-    command = [binary, "--backend=cpu", "--threads=2", "--listen=", "--metrics-listen="]
-    command += [f"--unix-socket={path}", "--regions=shm"]
+    command = [binary, "--backend=cpu", "--threads=2", "--listen=127.0.0.1:0"]
+    command += ["--metrics-listen=127.0.0.1:0", f"--unix-socket={path}", "--regions=shm"]
     with (tmp_path / "server.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
