@@ -168,10 +168,12 @@ def from_rpc_error(error: grpc.RpcError) -> DynSplitError:
         for entry in getattr(details.get("QuotaFailure"), "violations", ())
     ]
     info, retry = details.get("ErrorInfo"), details.get("RetryInfo")
+    unmet = getattr(details.get("PreconditionFailure"), "violations", ())
+    reason = info.reason if info else unmet[0].type if unmet else ""
     return _CLASSES.get(code, DynSplitError)(
         error.details() or "no message",
         code=code,
-        reason=info.reason if info else "",
+        reason=reason,
         violations=tuple(violations),
         metadata=dict(info.metadata) if info else None,
         resource=getattr(details.get("ResourceInfo"), "resource_name", ""),

@@ -191,7 +191,6 @@ class FakeService(sessions_pb2_grpc.SessionsServicer, memory_pb2_grpc.MemoryServ
                 context,
                 grpc.StatusCode.FAILED_PRECONDITION,
                 "position",
-                detail("ErrorInfo", reason="APPEND_POSITION"),
                 detail("PreconditionFailure", violations=[violation]),
             )
         yield self._accepted()
