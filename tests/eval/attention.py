@@ -20,6 +20,7 @@ import torch.nn.functional as functional
 from dynsplit.sessions import Gather, SessionClient, Step, Stored, index_policy
 from dynsplit.tensors import RegionTensor
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from buffers import Buffers, Shared
 from torch_llama import Shape
@@ -62,6 +63,7 @@ class FullAttention:
     def __init__(self, shape: Shape, batch: int, num_tokens: int, room: int, like: Tensor) -> None:
         """Room for num_tokens + room tokens a sequence, in the type and on the device of `like`."""
         self.tail = 0
+        self.backend: SDPBackend | None = None  # None = torch's choice
         self._length, self._room = num_tokens, room
         size = (2, batch, shape.num_kv_heads, num_tokens + room, shape.head_dim)
         self._cache = [
@@ -77,7 +79,16 @@ class FullAttention:
         """As `Attention.attend`."""
         cache, end = self._cache[layer], self._length + self.tail
         cache[0, :, :, end], cache[1, :, :, end] = k, v
-        return over_rows(q, cache[0, :, :, : end + 1], cache[1, :, :, : end + 1])
+        rows = cache[0, :, :, : end + 1], cache[1, :, :, : end + 1]
+        if self.backend is None:
+            return over_rows(q, *rows)
+        with sdpa_kernel(self.backend):
+            return over_rows(q, *rows)
+
+    def rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens loaded, [b, Hkv, T, D]."""
+        cache = self._cache[layer][:, :, :, : self._length]
+        return cache[0], cache[1]
 
     def end_step(self, token_ids: Tensor) -> None:
         """Wraps at the end of the room: only speed runs go so far."""

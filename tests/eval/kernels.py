@@ -29,13 +29,13 @@ from torch_llama import LLAMA_8B
 POINTS = ((131072, 1), (32768, 16))  # tokens, batch
 SELECTS = 30
 ONE_LAYER = dataclasses.replace(LLAMA_8B, num_layers=1)
-_BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 def full_attention_seconds(q: Tensor, keys: Tensor, values: Tensor) -> dict[str, float]:
     """Device seconds of each of torch's kernels that takes the shape."""
     seconds = {}
-    for name, backend in _BACKENDS.items():
+    for name, backend in BACKENDS.items():
         try:
             with sdpa_kernel(backend), torch.inference_mode():
                 seconds[name] = device_seconds(lambda: over_rows(q, keys, values))

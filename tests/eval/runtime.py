@@ -75,6 +75,7 @@ class DecodeLoop:
         self._positions = torch.full_like(first, position)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if graphs else None
+        self._stream = torch.cuda.Stream() if graphs else None
         self.logits: Tensor | None = None
 
     def _compute(self) -> None:
@@ -89,7 +90,10 @@ class DecodeLoop:
         if tail not in self._graphs:
             if not self._graphs:  # libraries allocate in their first call, which no graph may hold
                 saved = self.tokens.clone(), self._positions.clone()
-                self._compute()
+                torch.cuda.synchronize()
+                with torch.cuda.stream(self._stream):
+                    self._compute()
+                torch.cuda.synchronize()
                 self.tokens.copy_(saved[0])
                 self._positions.copy_(saved[1])
             self._graphs[tail] = self._capture()
@@ -98,8 +102,8 @@ class DecodeLoop:
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a graph; torch.cuda.graph would empty the allocator's cache every time."""
         torch.cuda.synchronize()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._compute()

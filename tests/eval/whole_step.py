@@ -2,8 +2,9 @@
 """A whole decode step of Llama-3.1-8B's shape: full KV against sessions, resident and offloaded.
 
 Random weights and random K and V: speed and memory only. Every backend's step is one CUDA graph a
-tail length; a session's step also has its Select (all layers, all sequences, for the next step) and
-every `window` steps an Append, over RPC. The first window captures and is not timed.
+tail length; full KV is read by the faster of FlashAttention and cuDNN. A session's step also has
+its Select (all layers, all sequences, for the next step) and every `window` steps an Append, over
+RPC. The first window captures and is not timed.
 
 Rows: all backends at each batch that full KV fits in. Weights of a step are read once whatever the
 batch; `bound` is what the row must read at the read rate measured in the same run.
@@ -36,6 +37,7 @@ from attention import (
     open_session,
 )
 from buffers import Buffers, Shared
+from kernels import BACKENDS, full_attention_seconds
 from runtime import Context, DecodeLoop, PeakMemory, read_rate
 from texts import long_ids
 from torch_llama import LLAMA_8B, TINY, Shape, TorchLlama
@@ -106,7 +108,22 @@ def _full(bench: _Bench, batch: int) -> tuple[float, dict[str, Any]]:
         for sequence in range(batch):
             for layer in range(bench.shape.num_layers):
                 attention.load(sequence, layer, bench.layer(0, layer), bench.layer(1, layer))
-        return bench.timed(attention, batch), {}
+        detail: dict[str, Any] = {}
+        if bench.context.on_gpu:  # the faster of torch's kernels at this very shape
+            size = (batch, bench.shape.num_query_heads, bench.shape.head_dim)
+            q = torch.empty(size, dtype=bench.pool.tensor.dtype, device="cuda").normal_()
+            seconds = full_attention_seconds(q, *attention.rows(0))
+            best = min(seconds, key=seconds.__getitem__)
+            attention.backend = BACKENDS[best]
+            detail = {"attention_seconds": seconds, "kernel": best}
+        try:
+            return bench.timed(attention, batch), detail
+        except RuntimeError as error:  # a kernel may take T, but not every length after it
+            if attention.backend in (None, BACKENDS["flash"]):
+                raise
+            print(f"step: {detail['kernel']}: {str(error).splitlines()[0]}; flash instead")
+            attention.backend, attention.tail = BACKENDS["flash"], 0
+            return bench.timed(attention, batch), detail | {"kernel": "flash"}
     finally:
         attention.close()
 
