@@ -59,8 +59,8 @@ __device__ inline void AllowDependents() {
 #endif
 }
 
-// Tensor cores: at most 16 query heads a KV head, D 64 or 128, keys and values of one type, which
-// is the queries' 16-bit one or a quantised one, rows in multiples of 16 bytes, not paged.
+// Tensor cores: at most 16 query heads a KV head, D 64 or 128, queries of a 16-bit type, keys and
+// values of one type, which is theirs or a quantised one, rows in multiples of 16 bytes, not paged.
 inline constexpr int kAttendMmaItems = kAttendMaxLaunchItems;
 bool UsesTensorCores(const AttendTokensParams& params);
 cudaError_t AttendTokensMma(const AttendLaunch& launch, cudaStream_t stream);

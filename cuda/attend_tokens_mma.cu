@@ -7,9 +7,9 @@
 // quantised K, are split into a high and a low half of the 16-bit type, so that the error of the
 // products stays near that of fp32.
 #include <algorithm>
-#include <type_traits>
 
 #include "cuda/attend_tokens.cuh"
+#include "cuda/attend_tokens_stage.cuh"
 #include "cuda/exponent.cuh"
 #include "cuda/mma.cuh"
 
@@ -18,8 +18,6 @@ namespace {
 
 constexpr int kRows = kAttendStepRows;
 constexpr int kRowTiles = kRows / kTileCols;
-constexpr int kChunkBytes = static_cast<int>(sizeof(uint4));
-constexpr int kScaleTypes = 2;  // of keys, of values
 
 // Rows of keys or values of all heads.
 struct RowSource {
@@ -55,123 +53,6 @@ struct MmaBatch {
 };
 static_assert(sizeof(MmaBatch) < 32000, "parameters of a kernel are at most 32764 bytes");
 
-// The factors' type, for rows stored as S.
-template <typename S>
-using Factor = std::conditional_t<sizeof(S) == 1, __nv_bfloat16, S>;
-
-// A warp's stages. One stage: 16 rows of keys, 16 of values, and their scales (quantised types).
-template <typename S, int KS>
-struct Stage {
-  static constexpr int kDim = KS * 32;
-  static constexpr int kRowChunks = kDim * static_cast<int>(sizeof(S)) / kChunkBytes;
-  static constexpr int kSideChunks = kRows * kRowChunks;
-  static constexpr int kScaleChunks =
-      sizeof(S) == 1 ? kScaleTypes * kRows * static_cast<int>(sizeof(float)) / kChunkBytes : 0;
-  static constexpr int kChunks = 2 * kSideChunks + kScaleChunks;
-  static constexpr int kCount = kRowChunks == 16 ? 3 : kRowChunks == 8 ? 6 : 8;
-  static constexpr int kSharedBytes = kAttendWarps * kCount * kChunks * kChunkBytes;
-
-  // Where chunks of a row lie, so that a phase of a shared-memory access touches all banks. Keys
-  // are read as in mma.cuh: for codes, a phase is four rows of two chunks.
-  __device__ static int KeyAt(int row, int chunk) {
-    int swizzle = (row & 1) << 2;
-    if constexpr (sizeof(S) == 1) swizzle = kRowChunks == 8 ? (row & 3) << 1 : row & 2;
-    return row * kRowChunks + (chunk ^ swizzle);
-  }
-  // Values are read one chunk of eight rows at a time.
-  __device__ static int ValueAt(int row, int chunk) {
-    const int swizzle = kRowChunks >= 8 ? row & 7 : (row >> 1) & 3;
-    return kSideChunks + row * kRowChunks + (chunk ^ swizzle);
-  }
-  __device__ static float* Scales(uint4* stage) {
-    return reinterpret_cast<float*>(stage + 2 * kSideChunks);
-  }
-};
-
-template <typename T>
-__device__ uint32_t PackPair(float low, float high) {
-  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(pair);
-}
-template <typename T>
-__device__ float Remainder(float value) {
-  return value - static_cast<float>(static_cast<T>(value));
-}
-
-__device__ uint32_t SharedAddress(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-// Copies kBytes, or writes zeros without reading.
-template <int kBytes>
-__device__ void CopyAsync(void* to, const void* from, bool valid) {
-  const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == kChunkBytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)),
-                 "l"(from), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(SharedAddress(to)),
-                 "l"(from), "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
-}
-__device__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `kPending` of this thread's groups are under way.
-template <int kPending>
-__device__ void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of
-// matrix l / 8.
-__device__ void LoadTransposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
-
-// ---- codes of quantised types -> bfloat16, exactly ---------------------------------------------
-
-__device__ __nv_bfloat162 AsPair(uint32_t bits) {
-  return *reinterpret_cast<const __nv_bfloat162*>(&bits);
-}
-__device__ uint32_t AsBits(__nv_bfloat162 pair) {
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// A pair of codes, each in the high byte of its half; the low bytes are anything. Exponent and
-// mantissa of an 8-bit float are those of a bfloat16 that is 2^(127 - bias) times smaller,
-// subnormals included.
-__device__ uint32_t WidenHighBytes(uint32_t codes, E4M3) {
-  constexpr uint32_t kTwoTo120 = 0x7B807B80U;
-  const uint32_t bits = ((codes >> 4) & 0x07F007F0U) | (codes & 0x80008000U);
-  return AsBits(__hmul2(AsPair(bits), AsPair(kTwoTo120)));
-}
-__device__ uint32_t WidenHighBytes(uint32_t codes, E5M2) {
-  constexpr uint32_t kTwoTo112 = 0x77807780U;
-  const uint32_t bits = ((codes >> 3) & 0x0FE00FE0U) | (codes & 0x80008000U);
-  return AsBits(__hmul2(AsPair(bits), AsPair(kTwoTo112)));
-}
-// 128 + the low seven bits, less 128 or (sign set) 256.
-__device__ uint32_t WidenHighBytes(uint32_t codes, int8_t) {
-  constexpr uint32_t k128 = 0x43004300U;
-  const uint32_t low = ((codes >> 8) & 0x007F007FU) | k128;
-  const uint32_t sign = ((codes >> 8) & 0x00800080U) | k128;
-  return AsBits(__hsub2(AsPair(low), AsPair(sign)));
-}
-
-// Bytes 0 and 2 (even), 1 and 3 (odd) of a word of codes.
-template <typename S>
-__device__ uint32_t WidenEven(uint32_t codes) {
-  return WidenHighBytes(codes << 8, S{});
-}
-template <typename S>
-__device__ uint32_t WidenOdd(uint32_t codes) {
-  return WidenHighBytes(codes, S{});
-}
-
 // ---- rows --------------------------------------------------------------------------------------
 
 // Where a lane finds rows: lanes 0-15 those of keys, lanes 16-31 those of values.
@@ -203,7 +84,11 @@ struct LaneRows {
     tail_scale_stride = tail_rows.scale_token_stride;
   }
 
-  // Index of logical row `row` in its tensor; rows beyond the end are none and give 0.
+  // Rows beyond the end are not read; they count as row 0 of whatever has rows.
+  __device__ bool InTail(int row) const {
+    return num_tokens == 0 || (row >= num_tokens && row < end);
+  }
+  // Index of logical row `row` in its tensor.
   __device__ int IndexOf(int row) const {
     if (row >= end) return 0;
     if (row >= num_tokens) return row - num_tokens;
@@ -216,7 +101,7 @@ template <typename S, int KS>
 __device__ void CopyRows(const LaneRows& rows, int first, int index, uint4* stage, int lane) {
   using St = Stage<S, KS>;
   constexpr int kPassRows = kWarp / St::kRowChunks;
-  const bool in_tail = first + lane % kRows >= rows.num_tokens;
+  const bool in_tail = rows.InTail(first + lane % kRows);
   const std::byte* const own =
       (in_tail ? rows.tail : rows.data) +
       static_cast<int64_t>(index) * (in_tail ? rows.tail_stride_bytes : rows.stride_bytes);
@@ -243,15 +128,13 @@ __device__ void CopyRows(const LaneRows& rows, int first, int index, uint4* stag
 
 // ---- queries -----------------------------------------------------------------------------------
 
+// Any 16-bit type: two halves of bfloat16 hold a float16 exactly.
 __device__ void DecodeQuery(const MmaBatch& batch, const std::byte* row, int chunk,
                             float (&out)[kChunk]) {
-  switch (batch.query_dtype) {
-    case DType::kFloat16:
-      return LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
-    case DType::kBFloat16:
-      return LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
-    default:
-      return LoadValues<float>(row, chunk, batch.queries_aligned, 1.0F, out);
+  if (batch.query_dtype == DType::kFloat16) {
+    LoadValues<__half>(row, chunk, batch.queries_aligned, 1.0F, out);
+  } else {
+    LoadValues<__nv_bfloat16>(row, chunk, batch.queries_aligned, 1.0F, out);
   }
 }
 
@@ -603,11 +486,10 @@ bool UsesTensorCores(const AttendTokensParams& params) {
   const int32_t head_dim = first.keys.head_dim;
   if (first.values.dtype != dtype || (head_dim != 64 && head_dim != 128) ||
       first.queries.num_heads > kTileRows * first.keys.num_heads ||
-      IsQuantized(first.queries.dtype)) {
+      DTypeBytes(first.queries.dtype) != 2) {
     return false;
   }
-  const bool same_16_bit = DTypeBytes(dtype) == 2 && dtype == first.queries.dtype;
-  if (!same_16_bit && !IsQuantized(dtype)) return false;
+  if (dtype != first.queries.dtype && !IsQuantized(dtype)) return false;
   return std::all_of(params.items.begin(), params.items.end(), [](const AttendTokensItem& item) {
     return HasCopyableRows(item.keys) && HasCopyableRows(item.values) &&
            HasCopyableRows(item.tail_keys) && HasCopyableRows(item.tail_values);

@@ -69,6 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   Vector* const out = reinterpret_cast<Vector*>(p.pages) + first_slot * heads * row_vectors;
   for (uint32_t base = threadIdx.x; base < units; base += kThreads * kUnitsPerThread) {
     Vector values[kUnitsPerThread] = {};  // all loads are in flight before the first store
+    Vector* to[kUnitsPerThread];
 #pragma unroll
     for (int i = 0; i < kUnitsPerThread; ++i) {
       const uint32_t unit = base + i * kThreads;
@@ -76,25 +77,17 @@ __global__ void __launch_bounds__(kThreads)
       const uint32_t local_slot = row / heads;
       const auto h = static_cast<int>(row - local_slot * heads);
       const int64_t slot = first_slot + local_slot;
+      const uint32_t vector = unit - row * row_vectors;
       if (unit < units && slot < p.num_kept) {
         const auto* const from =
             reinterpret_cast<const Vector*>(RowAddress(p.source, TokenAt(p, slot, h), h));
-        values[i] = from[unit - row * row_vectors];
+        values[i] = from[vector];
       }
+      to[i] = kDense ? out + unit : reinterpret_cast<Vector*>(OutputRow(p, slot, h)) + vector;
     }
 #pragma unroll
     for (int i = 0; i < kUnitsPerThread; ++i) {
-      const uint32_t unit = base + i * kThreads;
-      if (unit >= units) continue;
-      if constexpr (kDense) {
-        out[unit] = values[i];
-      } else {
-        const uint32_t row = unit / row_vectors;
-        const uint32_t local_slot = row / heads;
-        const auto h = static_cast<int>(row - local_slot * heads);
-        reinterpret_cast<Vector*>(
-            OutputRow(p, first_slot + local_slot, h))[unit - row * row_vectors] = values[i];
-      }
+      if (base + i * kThreads < units) *to[i] = values[i];
     }
   }
 }

@@ -181,14 +181,13 @@ __global__ void __launch_bounds__(kCopyThreads)
   const int h = list - i * batch.num_heads;
   const CopyItem& item = batch.items[i];
   const CopySide& side = item.sides[blockIdx.z];
-  if (side.rows == nullptr) return;
   const TensorView& source = side.source;
   const int64_t num_moved = item.num_moved[h];
   const auto row_vectors = side.row_bytes / static_cast<uint32_t>(sizeof(Vector));
   const int32_t* const slots = batch.moves.slots + static_cast<int64_t>(list) * batch.num_rows;
   const int32_t* const tokens = batch.moves.tokens + static_cast<int64_t>(list) * batch.num_rows;
   const int64_t first_row = static_cast<int64_t>(h) * batch.num_rows;
-  const int64_t units = num_moved * row_vectors;
+  const int64_t units = side.rows == nullptr ? 0 : num_moved * row_vectors;
   constexpr int64_t kBlockUnits = int64_t{kCopyThreads} * kVectorsPerThread;
   for (int64_t base = blockIdx.y * kBlockUnits; base < units; base += gridDim.y * kBlockUnits) {
     Vector values[kVectorsPerThread] = {};
@@ -319,8 +318,10 @@ absl::Status CopyRows(std::span<const RefreshRowsItem> items, const RefreshRowsP
     batch.items[i] = {.sides = {SideOf(item.keys, item.key_rows, item.key_scales),
                                 SideOf(item.values, item.value_rows, item.value_scales)},
                       .num_moved = item.num_moved};
-    wanted = wanted || item.key_rows != nullptr || item.value_rows != nullptr;
-    for (const CopySide& side : batch.items[i].sides) bits |= AddressBits(side);
+    for (const CopySide& side : batch.items[i].sides) {
+      wanted = wanted || side.rows != nullptr || side.scales != nullptr;
+      bits |= AddressBits(side);
+    }
   }
   if (!wanted || params.num_rows == 0) return absl::OkStatus();
   const int64_t num_lists = static_cast<int64_t>(items.size()) * plan.num_heads;

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How ScoreBlocks is cut into launches. Plain numbers, tested without a device.
+// How ScoreBlocks is cut into launches: plain numbers, tested without a device.
 //
-// The tile kernel (score_blocks.cu) takes 16-bit and e4m3 summaries: a pass over them that leaves
-// logits and partial sums of the softmax in scratch, and a pass over those. What it does not take
-// goes through column_softmax.h, which reads summaries twice but needs no scratch for logits.
+// The tile kernel (score_blocks_mma.cu) takes 16-bit and e4m3 summaries: a pass over them that
+// leaves logits and partial sums of the softmax in scratch, and a pass over those. What it does not
+// take goes through column_softmax.h, which reads summaries twice but needs no scratch for logits.
 #pragma once
 
 #include <cstdint>
 #include <span>
 
+#include "absl/status/status.h"
+#include "cuda/operations.h"
+#include "server/pipeline/backend.h"
 #include "server/pipeline/types.h"
 
 namespace dynsplit::kernels {
@@ -46,5 +49,12 @@ ScoreScratch ScoreScratchOf(const ScoreShape& shape, int64_t num_blocks);
 
 // How many of the items, given by their numbers of blocks, the next launch takes: at least one.
 int64_t ScoreBatchSize(const ScoreShape& shape, std::span<const int64_t> num_blocks);
+
+// Bound variant, or means.
+inline bool IsBound(const ScoreBlocksItem& item) { return item.summaries.min != nullptr; }
+
+// One batch of items, in two launches. Requires: UsesScoreTiles, 1 to kScoreBatchItems items.
+absl::Status ScoreTiles(const ScoreBlocksParams& params, const ScoreShape& shape,
+                        std::span<const ScoreBlocksItem> items, const Launch& launch);
 
 }  // namespace dynsplit::kernels

@@ -13,6 +13,7 @@ namespace dynsplit::kernels {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kAhead = 4;  // tokens
 constexpr int kMinScaleExponent = -120;
 constexpr int kE4M3LargestCode = 0x7E;  // 448
 
@@ -139,6 +140,46 @@ __device__ void StoreSummaries(const SummarizeBlocksParams& p, const Row& row,
   }
 }
 
+// A lane's chunks of the next tokens, all requested before the first is used.
+template <typename T, int kParts>
+struct RawTokens {
+  Chunk<T> chunks[kAhead][kParts];
+  float scales[kAhead];
+
+  // Of the tokens from `first` on; the last one again beyond `end`.
+  __device__ void Load(const SummarizeBlocksParams& p, const Row& row, int32_t first, int32_t end,
+                       bool aligned) {
+    const std::byte* rows[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int32_t t = min(first + i, end - 1);
+      rows[i] = RowAddress(p.keys, t, row.h);
+      if constexpr (sizeof(T) == 1) scales[i] = RowScale(p.keys, t, row.h);
+    }
+    if (aligned) {
+      LoadChunks(p, row, rows, true);
+    } else {
+      LoadChunks(p, row, rows, false);
+    }
+  }
+
+ private:
+  __device__ void LoadChunks(const SummarizeBlocksParams& p, const Row& row,
+                             const std::byte* const (&rows)[kAhead], bool aligned) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        // A lane whose second chunk is beyond the head reads its first again.
+        const int chunk = row.lane + part * row.lanes;
+        const int inside = chunk * kChunk < p.keys.head_dim ? chunk : row.lane;
+        chunks[i][part] =
+            LoadChunk<T>(rows[i] + inside * static_cast<int>(kChunk * sizeof(T)), aligned);
+      }
+    }
+  }
+};
+
 template <typename T, int kParts>
 __device__ void FoldTokens(const SummarizeBlocksParams& p, const Row& row, bool aligned,
                            Fold<kParts>& fold) {
@@ -155,21 +196,24 @@ __device__ void FoldTokens(const SummarizeBlocksParams& p, const Row& row, bool 
   const int32_t begin = row.valid ? p.block_starts[row.block] : 0;
   const int32_t end =
       row.valid && row.lane * kChunk < keys.head_dim ? p.block_starts[row.block + 1] : begin;
-#pragma unroll 4
-  for (int32_t t = begin; t < end; ++t) {
-    const std::byte* const address = RowAddress(keys, t, row.h);
-    const float scale = RowScale(keys, t, row.h);
+  for (int32_t t = begin; t < end; t += kAhead) {
+    RawTokens<T, kParts> raw;
+    raw.Load(p, row, t, end, aligned);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int chunk = row.lane + part * row.lanes;
-      if (part > 0 && chunk * kChunk >= keys.head_dim) continue;
-      float values[kChunk];
-      LoadValues<T>(address, chunk, aligned, scale, values);
+    for (int i = 0; i < kAhead; ++i) {
+      // Branch-free, so that no request waits for the use of another: a repeated token changes
+      // neither extreme, and adds exactly 0 to the sum (keys are finite).
+      const float weight = t + i < end ? 1.0F : 0.0F;
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        fold.low[part][i] = fminf(fold.low[part][i], values[i]);
-        fold.high[part][i] = fmaxf(fold.high[part][i], values[i]);
-        fold.sum[part][i] += values[i];
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int c = 0; c < kChunk; ++c) {
+          float value = Decode(raw.chunks[i][part].values[c]);
+          if constexpr (sizeof(T) == 1) value = __fmul_rn(value, raw.scales[i]);
+          fold.low[part][c] = fminf(fold.low[part][c], value);
+          fold.high[part][c] = fmaxf(fold.high[part][c], value);
+          fold.sum[part][c] = __fmaf_rn(value, weight, fold.sum[part][c]);
+        }
       }
     }
   }
@@ -185,7 +229,7 @@ __device__ void FoldTokens(const SummarizeBlocksParams& p, const Row& row, bool 
 // `heads_inner`: neighbouring rows are of neighbouring heads, else of neighbouring blocks,
 // whichever lie closer in memory.
 template <typename T, int kParts>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kParts == 1 ? 3 : 2)
     SummarizeBlocksKernel(SummarizeBlocksParams p, int lanes, bool heads_inner, bool aligned) {
   const int heads = p.keys.num_heads;
   const int64_t blocks = p.num_blocks - p.first_block;

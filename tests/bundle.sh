@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, shared libraries (all but
-# glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host: unpack it, run
-# tests/gpu.sh.
+# Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, the engine library, shared
+# libraries (all but glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host:
+# unpack it, run tests/gpu.sh.
 #   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +21,12 @@ for name in gpu_tests bench_gpu bench_decode bench_select dynsplitd dynsplit; do
   fi
   strip -o "$bundle/bin/$name" "$path"
 done
+engine=$(find "$build" -name libdynsplit_engine.so | head -n 1)
+if [ -z "$engine" ]; then
+  echo "bundle.sh: libdynsplit_engine.so is not built in $build" >&2
+  exit 1
+fi
+strip -o "$bundle/lib/libdynsplit_engine.so" "$engine"
 system='/(libc|libm|libpthread|libdl|librt|libresolv|libutil|libstdc\+\+|libgcc_s|ld-linux[^/]*)\.so'
 ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
   { grep -Ev "$system" || true; } | while read -r library; do

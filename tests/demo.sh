@@ -3,7 +3,8 @@
 #
 # demo.sh BUILD_DIR: starts the real server on a unix socket, sends it the real sample (K, V, queries and
 # token ids of SmolLM2-135M-Instruct over prose, code and dialogue) through the real client, shows the
-# result, stops the server. Leaves build/demo/summary.json, containers and plots.
+# result; then keeps the prose as a session and chooses 10 % of its tokens for each of the last queries;
+# stops the server. Leaves build/demo/summary.json, session.json, containers and plots.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 build=$1
@@ -28,6 +29,16 @@ compress() {  # compress KIND: the real client; keeps container, plots and the s
 compress prose >/dev/null
 compress code >/dev/null
 compress dialogue
+
+session() {  # session FLAG...: 10 % of the prose, a step for each of the last queries
+  "$build/client/cli/dynsplit" session tests/data/sample/prose.safetensors --target "unix:$socket" \
+    --profile smollm2_table7 --ratio 0.1 --steps 32 "$@"
+}
 echo
-echo "demo: figures in $out/summary.json, containers in $out/*.dskv (dynsplit inspect FILE),"
+echo "demo: the same prose kept in the server, nothing dropped; each step reads 10 % of it"
+echo
+session
+session --json >"$out/session.json"
+echo
+echo "demo: figures in $out/summary.json and $out/session.json, containers in $out/*.dskv (dynsplit inspect FILE),"
 echo "demo: text with its blocks and what was kept in $out/{prose,code,dialogue}/text.png"

@@ -32,6 +32,17 @@ run() {  # run NAME KIND FLAG...
   printf '%-32s ' "$name $kind"
   python3 tests/judges/compare_results.py "$work/cpu.safetensors" "$work/$backend.safetensors" || failed=1
 }
+session() {  # session NAME KIND FLAG...: as run, with a session; what it holds must be equal byte for byte
+  local name=$1 kind=$2
+  shift 2
+  for side in cpu "$backend"; do
+    "$client" session "tests/data/sample/$kind.safetensors" --target "unix:$work/$side.sock" --json --with-tokens \
+      --ratio 0.1 --steps 32 --fetch "$work/$side.safetensors" "$@" >"$work/$side.json" || { failed=1; return; }
+  done
+  printf '%-32s ' "$name $kind"
+  python3 tests/judges/compare_sessions.py "$work/cpu.json" "$work/$backend.json" || failed=1
+  cmp "$work/cpu.safetensors" "$work/$backend.safetensors" || failed=1
+}
 for kind in prose code dialogue; do
   run dynsplit "$kind"
   run "dynsplit fp8" "$kind" --encoding float8-e4m3
@@ -44,6 +55,11 @@ for kind in prose code dialogue; do
   run chunkkv "$kind" --preset chunkkv
   run sentencekv "$kind" --preset sentencekv
   run "quality floor" "$kind" --ratio 0.05 --min-mass 0.9
+  session "session" "$kind"
+  session "session fp8" "$kind" --encoding float8-e4m3
+  session "session int8, bf16 index" "$kind" --encoding int8 --summaries as-keys
+  session "session on the host" "$kind" --residence host
+  session "session, mean keys per layer" "$kind" --scoring block-mean-key --scope layer
 done
 grep -ah '"serving"\|"backend"' "$work/$backend.log" | head -n 3
 exit "$failed"

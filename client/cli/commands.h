@@ -14,5 +14,7 @@ void AddBench(CLI::App& app, int& exit_code);
 void AddServeCheck(CLI::App& app, int& exit_code);
 void AddCalibrate(CLI::App& app, int& exit_code);
 void AddProfile(CLI::App& app, int& exit_code);
+void AddSession(CLI::App& app, int& exit_code);
+void AddSessions(CLI::App& app, int& exit_code);
 
 }  // namespace dynsplit::cli

@@ -1,43 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "client/cli/flags.h"
 
-#include <google/protobuf/generated_enum_reflection.h>
-
 #include <algorithm>
 #include <functional>
-#include <map>
 #include <utility>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 
 namespace dynsplit::cli {
 namespace {
-
-// An option whose choices are an enum's values: METHOD_DELIMITER_SET is "delimiter-set".
-template <typename Enum>
-CLI::Option* AddEnum(CLI::App& app, const std::string& name, const std::string& description,
-                     std::function<void(Enum)> set) {
-  const google::protobuf::EnumDescriptor* type = google::protobuf::GetEnumDescriptor<Enum>();
-  constexpr size_t kUnspecifiedLength = sizeof("UNSPECIFIED") - 1;
-  const size_t prefix = type->value(0)->name().size() - kUnspecifiedLength;
-  std::map<std::string, Enum> values;
-  std::vector<std::string> names;
-  for (int i = 1; i < type->value_count(); ++i) {
-    std::string choice = absl::AsciiStrToLower(type->value(i)->name().substr(prefix));
-    choice = absl::StrReplaceAll(choice, {{"_", "-"}});
-    values[choice] = static_cast<Enum>(type->value(i)->number());
-    names.push_back(choice);
-  }
-  return app
-      .add_option_function<std::string>(
-          name, [values, set](const std::string& choice) { set(values.at(choice)); }, description)
-      ->check(CLI::IsMember(names))
-      ->group("Policy");
-}
 
 template <typename Number>
 CLI::Option* AddNumber(CLI::App& app, const std::string& name, const std::string& description,
@@ -194,7 +167,7 @@ absl::StatusOr<std::unique_ptr<Client>> ConnectionFlags::Connect() const {
 void PolicyFlags::AddTo(CLI::App& app) {
   app.add_option_function<std::string>(
          "--preset", [this](const std::string& name) { policy_.set_preset(name); },
-         "Named policy (default: dynsplit)")
+         "Named policy (default: dynsplit; of sessions dynsplit_index)")
       ->group("Policy");
   AddSegmentation(app, *policy_.mutable_segmentation());
   AddScoring(app, *policy_.mutable_scoring());
@@ -233,12 +206,16 @@ v1::Policy PolicyFlags::Get() const {
   return given;
 }
 
-void CaptureFlags::AddTo(CLI::App& app) {
+void CaptureFlags::AddInputTo(CLI::App& app) {
   app.add_option("input", input, "Capture (.safetensors, kv-capture/1)")
       ->required()
       ->check(CLI::ExistingFile);
   app.add_option("--layers", layers, "Layers of the capture to send: 0,2 (default: all)")
       ->delimiter(',');
+}
+
+void CaptureFlags::AddTo(CLI::App& app) {
+  AddInputTo(app);
   app.add_option("--window", num_window_queries,
                  "Window queries to send; default: those captured, 0 to 1024")
       ->check(CLI::Range(1, 1024));

@@ -14,13 +14,16 @@ namespace {
 
 int Main(int argc, char** argv) {
   wire::InitProcessMemoryPolicy();
-  CLI::App app("Compress key-value caches with a dynsplitd server.", "dynsplit");
+  CLI::App app("Compress key-value caches, or keep them resident, with a dynsplitd server.",
+               "dynsplit");
   app.require_subcommand(1);
   app.set_version_flag("--version", "0.1.0");
   app.footer("Exit codes: 0 done, 1 failed, 2 wrong usage.");
   int exit_code = kExitOk;
   AddCompress(app, exit_code);
   AddPlan(app, exit_code);
+  AddSession(app, exit_code);
+  AddSessions(app, exit_code);
   AddInspect(app, exit_code);
   AddBench(app, exit_code);
   AddServeCheck(app, exit_code);

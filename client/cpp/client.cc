@@ -17,6 +17,8 @@
 #include "client/cpp/result_assembler.h"
 #include "client/cpp/stream_call.h"
 #include "dynsplit/v1/info.grpc.pb.h"
+#include "dynsplit/v1/memory.grpc.pb.h"
+#include "dynsplit/v1/sessions.grpc.pb.h"
 #include "proto/wire/channel.h"
 #include "proto/wire/status.h"
 
@@ -102,22 +104,17 @@ absl::StatusOr<CompressResult> Converse(StreamCall& call, RequestFrames& frames,
     }
   }
   const grpc::Status finished = call.Finish();
-  if (!status.ok()) return status;
-  if (!finished.ok()) return wire::ToAbsl(finished);
-  absl::StatusOr<CompressResult> result = std::move(assembler).Finish();
-  if (result.ok()) result->sent_bytes = frames.sent_bytes();
-  return result;
-}
-
-template <typename Request, typename Response>
-absl::StatusOr<Response> Unary(v1::Info::Stub& stub, grpc::ClientContext& context,
-                               grpc::Status (v1::Info::Stub::*method)(grpc::ClientContext*,
-                                                                      const Request&, Response*),
-                               const Request& request) {
-  Response response;
-  const grpc::Status status = (stub.*method)(&context, request, &response);
-  if (!status.ok()) return wire::ToAbsl(status);
-  return response;
+  if (status.ok() && !finished.ok()) status = wire::ToAbsl(finished);
+  if (status.ok()) {
+    absl::StatusOr<CompressResult> result = assembler.Finish();
+    if (result.ok()) {
+      result->sent_bytes = frames.sent_bytes();
+      return result;
+    }
+    status = result.status();
+  }
+  assembler.SavePartial();
+  return status;
 }
 
 }  // namespace
@@ -209,46 +206,97 @@ absl::StatusOr<CompressResult> Client::Calibrate(const CompressJob& job) {
   return Run("/dynsplit.v1.Compression/Calibrate", job);
 }
 
-absl::StatusOr<v1::ServerInfo> Client::GetServerInfo() {
-  v1::Info::Stub stub(NextChannel());
+template <typename Stub, typename Request, typename Response>
+absl::StatusOr<Response> Client::Unary(grpc::Status (Stub::*method)(grpc::ClientContext*,
+                                                                    const Request&, Response*),
+                                       const Request& request) {
+  Stub stub(NextChannel());
   grpc::ClientContext context;
   Prepare(context, options_.control_timeout);
-  return Unary(stub, context, &v1::Info::Stub::GetServerInfo, v1::GetServerInfoRequest());
+  Response response;
+  const grpc::Status status = (stub.*method)(&context, request, &response);
+  if (!status.ok()) return wire::ToAbsl(status);
+  return response;
+}
+
+absl::StatusOr<v1::ServerInfo> Client::GetServerInfo() {
+  return Unary(&v1::Info::Stub::GetServerInfo, v1::GetServerInfoRequest());
 }
 
 absl::StatusOr<v1::ListPoliciesResponse> Client::ListPolicies() {
-  v1::Info::Stub stub(NextChannel());
-  grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
-  return Unary(stub, context, &v1::Info::Stub::ListPolicies, v1::ListPoliciesRequest());
+  return Unary(&v1::Info::Stub::ListPolicies, v1::ListPoliciesRequest());
 }
 
 absl::StatusOr<v1::ListDelimiterProfilesResponse> Client::ListDelimiterProfiles() {
-  v1::Info::Stub stub(NextChannel());
-  grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
-  return Unary(stub, context, &v1::Info::Stub::ListDelimiterProfiles,
-               v1::ListDelimiterProfilesRequest());
+  return Unary(&v1::Info::Stub::ListDelimiterProfiles, v1::ListDelimiterProfilesRequest());
 }
 
 absl::StatusOr<v1::DelimiterProfile> Client::GetDelimiterProfile(const std::string& name) {
-  v1::Info::Stub stub(NextChannel());
-  grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
   v1::GetDelimiterProfileRequest request;
   request.set_name(name);
-  return Unary(stub, context, &v1::Info::Stub::GetDelimiterProfile, request);
+  return Unary(&v1::Info::Stub::GetDelimiterProfile, request);
 }
 
 absl::StatusOr<v1::PutDelimiterProfileResponse> Client::PutDelimiterProfile(
     const v1::DelimiterProfile& profile, bool replace) {
-  v1::Info::Stub stub(NextChannel());
-  grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
   v1::PutDelimiterProfileRequest request;
   *request.mutable_profile() = profile;
   request.set_replace(replace);
-  return Unary(stub, context, &v1::Info::Stub::PutDelimiterProfile, request);
+  return Unary(&v1::Info::Stub::PutDelimiterProfile, request);
+}
+
+absl::StatusOr<v1::AdviseResponse> Client::Advise(const v1::AdviseRequest& request) {
+  return Unary(&v1::Info::Stub::Advise, request);
+}
+
+absl::StatusOr<CompressResult> Client::OpenSession(const CompressJob& job) {
+  return Run("/dynsplit.v1.Sessions/Open", job);
+}
+
+absl::StatusOr<CompressResult> Client::AppendSession(const CompressJob& job) {
+  return Run("/dynsplit.v1.Sessions/Append", job);
+}
+
+absl::StatusOr<CompressResult> Client::FetchSession(const CompressJob& job) {
+  return Run("/dynsplit.v1.Sessions/Fetch", job);
+}
+
+absl::StatusOr<v1::SelectResponse> Client::Select(const v1::SelectRequest& request) {
+  return Unary(&v1::Sessions::Stub::Select, request);
+}
+
+absl::StatusOr<v1::SessionInfo> Client::RenewSession(const v1::RenewSessionRequest& request) {
+  return Unary(&v1::Sessions::Stub::Renew, request);
+}
+
+absl::StatusOr<v1::ReleaseSessionResponse> Client::ReleaseSession(
+    const v1::ReleaseSessionRequest& request) {
+  return Unary(&v1::Sessions::Stub::Release, request);
+}
+
+absl::StatusOr<v1::SessionInfo> Client::GetSession(const v1::GetSessionRequest& request) {
+  return Unary(&v1::Sessions::Stub::Get, request);
+}
+
+absl::StatusOr<v1::SessionMapping> Client::MapSession(const v1::MapSessionRequest& request) {
+  return Unary(&v1::Sessions::Stub::Map, request);
+}
+
+absl::StatusOr<v1::SessionInfo> Client::UnmapSession(const v1::UnmapSessionRequest& request) {
+  return Unary(&v1::Sessions::Stub::Unmap, request);
+}
+
+absl::StatusOr<v1::RegisterRegionResponse> Client::RegisterRegion(
+    const v1::RegisterRegionRequest& request) {
+  return Unary(&v1::Memory::Stub::Register, request);
+}
+
+absl::Status Client::UnregisterRegion(const v1::UnregisterRegionRequest& request) {
+  return Unary(&v1::Memory::Stub::Unregister, request).status();
+}
+
+absl::StatusOr<v1::ListRegionsResponse> Client::ListRegions() {
+  return Unary(&v1::Memory::Stub::List, v1::ListRegionsRequest());
 }
 
 absl::Status Client::CheckHealth() {

@@ -32,16 +32,20 @@
 #include "absl/time/time.h"
 #include "client/cpp/job.h"
 #include "dynsplit/v1/info.pb.h"
+#include "dynsplit/v1/memory.pb.h"
+#include "dynsplit/v1/sessions.pb.h"
 #include "proto/wire/frame.h"
 
 namespace grpc {
 class ClientContext;
-}
+class Status;
+}  // namespace grpc
 
 namespace dynsplit {
 
 struct ClientOptions {
-  // Longest duration of Compress, Plan, Apply, Calibrate.
+  // Longest duration of the streams: Compress, Plan, Apply, Calibrate, and sessions' Open, Append,
+  // Fetch.
   absl::Duration timeout = absl::Minutes(5);
   // Longest duration of every other call.
   absl::Duration control_timeout = absl::Seconds(10);
@@ -91,6 +95,36 @@ class Client {
   absl::StatusOr<v1::PutDelimiterProfileResponse> PutDelimiterProfile(
       const v1::DelimiterProfile& profile, bool replace);
 
+  // With request.session: what such a session will weigh, bytes.
+  absl::StatusOr<v1::AdviseResponse> Advise(const v1::AdviseRequest& request);
+
+  // The Sessions service; see sessions.proto for what each needs, returns and refuses. The three
+  // streams take and give what Compress does; the session as it is afterwards is in
+  // result.end.session. Open: begin.shape, begin.session, begin.policy; token ids, keys and values
+  // of every layer.
+  absl::StatusOr<CompressResult> OpenSession(const CompressJob& job);
+  // Append: begin.target with session_id and position (the length the caller believes in),
+  // begin.shape with num_tokens = those added; the added tokens' ids, keys and values.
+  absl::StatusOr<CompressResult> AppendSession(const CompressJob& job);
+  // Fetch: begin.target, begin.policy's encoding, positions and page size; KEPT_TOKENS tensors of
+  // layers that are not wanted whole. job.partial makes it resumable.
+  absl::StatusOr<CompressResult> FetchSession(const CompressJob& job);
+  // One decode step. A call whose answer is lost may be made again: rows then move again (gather).
+  absl::StatusOr<v1::SelectResponse> Select(const v1::SelectRequest& request);
+  absl::StatusOr<v1::SessionInfo> RenewSession(const v1::RenewSessionRequest& request);
+  absl::StatusOr<v1::ReleaseSessionResponse> ReleaseSession(
+      const v1::ReleaseSessionRequest& request);
+  absl::StatusOr<v1::SessionInfo> GetSession(const v1::GetSessionRequest& request);
+  absl::StatusOr<v1::SessionMapping> MapSession(const v1::MapSessionRequest& request);
+  absl::StatusOr<v1::SessionInfo> UnmapSession(const v1::UnmapSessionRequest& request);
+
+  // The Memory service: memory that this process shares with a server of its host. SharedMemory
+  // makes such memory.
+  absl::StatusOr<v1::RegisterRegionResponse> RegisterRegion(
+      const v1::RegisterRegionRequest& request);
+  absl::Status UnregisterRegion(const v1::UnregisterRegionRequest& request);
+  absl::StatusOr<v1::ListRegionsResponse> ListRegions();
+
   // grpc.health.v1 Check of the whole server: OK when it serves, UNAVAILABLE when it answers
   // otherwise.
   absl::Status CheckHealth();
@@ -104,6 +138,10 @@ class Client {
   std::shared_ptr<grpc::Channel> NextChannel();
   void Prepare(grpc::ClientContext& context, absl::Duration timeout) const;
   absl::StatusOr<CompressResult> Run(const std::string& method, const CompressJob& job);
+  template <typename Stub, typename Request, typename Response>
+  absl::StatusOr<Response> Unary(grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&,
+                                                              Response*),
+                                 const Request& request);
 
   const std::string target_;
   const ClientOptions options_;

@@ -21,7 +21,8 @@ namespace dynsplit {
 
 class Cancellation;
 
-// A tensor of the caller. `bytes` is sent from where it is.
+// A tensor of the caller. `bytes` is sent from where it is; with `region` it is not sent, and says
+// only how many bytes the server finds there (its data() is not read and may be null).
 struct InputTensor {
   v1::TensorKind kind = v1::TENSOR_KIND_UNSPECIFIED;
   std::optional<int32_t> layer;  // absent for tensors of the whole sequence
@@ -29,6 +30,9 @@ struct InputTensor {
   absl::Span<const std::byte> bytes;
   std::vector<v1::Dim> dims;  // empty = the dense shape of the kind
   v1::ScaleGranularity scale_granularity = v1::SCALE_GRANULARITY_UNSPECIFIED;
+  // Part of a region registered with this server (Client::RegisterRegion) that holds the bytes.
+  // They must not change before the call has ended.
+  std::optional<v1::RegionSlice> region;
 };
 
 // A tensor of the server. Move-only.
@@ -40,6 +44,22 @@ struct OutputTensor {
 struct LayerOutput {
   v1::LayerResult result;
   std::vector<OutputTensor> tensors;
+};
+
+// What Fetch calls that broke have received of a session. Give it to each call for the same target
+// and policy, without changes in between: the next goes on where the last one broke, and the result
+// of the one that succeeds is whole, with every tensor's checksum checked over all of its bytes.
+struct PartialFetch {
+  // Complete layers; empty with on_layer, which has had them.
+  std::vector<LayerOutput> layers;
+  int32_t num_layers = 0;   // complete ones, here or with on_layer
+  int32_t last_layer = -1;  // the last of them, and the number of its tensors
+  int32_t last_layer_tensors = 0;
+  // The layer that was under way: tensors before `tensor_index` are complete, that one has its
+  // first `offset` bytes, and what later ones hold counts for nothing.
+  std::optional<LayerOutput> open;
+  int32_t tensor_index = 0;
+  int64_t offset = 0;
 };
 
 // Null when there is none of that kind.
@@ -73,6 +93,10 @@ struct CompressJob {
   std::function<void(const Progress&)> on_progress;
   // Optional; outlives the call.
   Cancellation* cancellation = nullptr;
+  // FetchSession only; outlives the call, which sets begin.target.resume from it. Left empty by a
+  // call that succeeds. FAILED_PRECONDITION where the session has been appended to meanwhile: begin
+  // anew with an empty one.
+  PartialFetch* partial = nullptr;
   // Longest duration of the call. Default: ClientOptions::timeout.
   std::optional<absl::Duration> timeout;
 };

@@ -9,6 +9,23 @@
 #include "proto/wire/crc32c.h"
 
 namespace dynsplit {
+namespace {
+
+// Where the next Fetch goes on. Between layers that is the end of the last complete one, whose
+// result comes again without chunks: there need not be a next layer.
+void SetResume(const PartialFetch& partial, v1::SessionTarget& target) {
+  target.clear_resume();
+  if (partial.open.has_value()) {
+    target.mutable_resume()->set_layer(partial.open->result.plan().layer());
+    target.mutable_resume()->set_tensor_index(partial.tensor_index);
+    target.mutable_resume()->set_offset(partial.offset);
+  } else if (partial.last_layer >= 0) {
+    target.mutable_resume()->set_layer(partial.last_layer);
+    target.mutable_resume()->set_tensor_index(partial.last_layer_tensors);
+  }
+}
+
+}  // namespace
 
 RequestFrames::RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease)
     : job_(job), lease_(std::move(lease)), order_(job.tensors.size()) {
@@ -16,8 +33,10 @@ RequestFrames::RequestFrames(const CompressJob& job, std::shared_ptr<const void>
   std::stable_sort(order_.begin(), order_.end(), [&job](uint32_t a, uint32_t b) {
     return job.tensors[a].layer.value_or(-1) < job.tensors[b].layer.value_or(-1);
   });
-  for (const InputTensor& tensor : job.tensors) {
-    total_bytes_ += static_cast<int64_t>(tensor.bytes.size());
+  for (const uint32_t index : order_) {
+    if (job.tensors[index].region.has_value()) continue;
+    sent_.push_back(index);
+    total_bytes_ += static_cast<int64_t>(job.tensors[index].bytes.size());
   }
 }
 
@@ -27,6 +46,7 @@ grpc::ByteBuffer RequestFrames::Begin(size_t max_response_chunk_bytes) const {
   begin = job_.begin;
   begin.set_max_chunk_bytes(static_cast<int32_t>(max_response_chunk_bytes));
   begin.clear_tensors();
+  if (job_.partial != nullptr) SetResume(*job_.partial, *begin.mutable_target());
   for (const uint32_t index : order_) {
     const InputTensor& tensor = job_.tensors[index];
     v1::TensorDescriptor& descriptor = *begin.add_tensors();
@@ -37,25 +57,27 @@ grpc::ByteBuffer RequestFrames::Begin(size_t max_response_chunk_bytes) const {
     descriptor.set_byte_size(static_cast<int64_t>(tensor.bytes.size()));
     descriptor.mutable_dims()->Add(tensor.dims.begin(), tensor.dims.end());
     descriptor.set_scale_granularity(tensor.scale_granularity);
+    if (tensor.region.has_value())
+      *descriptor.mutable_location()->mutable_region() = *tensor.region;
   }
   return wire::EncodeMessage(request);
 }
 
 bool RequestFrames::Next(grpc::ByteBuffer& frame) {
   if (ended_) return false;
-  if (next_tensor_ < order_.size()) {
+  if (next_tensor_ < sent_.size()) {
     frame = NextChunk();
     return true;
   }
   v1::CompressRequest request;
-  request.mutable_end()->set_num_tensors(static_cast<int32_t>(order_.size()));
+  request.mutable_end()->set_num_tensors(static_cast<int32_t>(sent_.size()));
   frame = wire::EncodeMessage(request);
   ended_ = true;
   return true;
 }
 
 grpc::ByteBuffer RequestFrames::NextChunk() {
-  const uint32_t index = order_[next_tensor_];
+  const uint32_t index = sent_[next_tensor_];
   const absl::Span<const std::byte> bytes = job_.tensors[index].bytes;
   const size_t size = std::min(chunk_bytes_, bytes.size() - offset_);
   const std::byte* data = bytes.data() + offset_;

@@ -36,10 +36,11 @@ class RequestFrames {
   const CompressJob& job_;
   const std::shared_ptr<const void> lease_;
   std::vector<uint32_t> order_;  // indices of job_.tensors; ids are index + 1
+  std::vector<uint32_t> sent_;   // those of order_ that travel in the stream
   int64_t total_bytes_ = 0;
 
   size_t chunk_bytes_ = wire::kDefaultChunkDataBytes;
-  size_t next_tensor_ = 0;  // index into order_
+  size_t next_tensor_ = 0;  // index into sent_
   size_t offset_ = 0;       // within that tensor
   uint32_t tensor_crc_ = 0;
   bool ended_ = false;

@@ -24,6 +24,47 @@ const OutputTensor* FindTensor(absl::Span<const OutputTensor> tensors, v1::Tenso
   return nullptr;
 }
 
+ResultAssembler::ResultAssembler(const CompressJob& job, int64_t max_result_bytes)
+    : job_(job), max_result_bytes_(max_result_bytes) {
+  if (job.partial == nullptr) return;
+  PartialFetch partial = std::exchange(*job.partial, {});
+  result_.layers = std::move(partial.layers);
+  num_layers_ = partial.num_layers;
+  last_layer_ = complete_layer_ = partial.last_layer;
+  complete_layer_tensors_ = partial.last_layer_tensors;
+  resumed_ = std::move(partial.open);
+  resumed_tensor_ = partial.tensor_index;
+  resumed_offset_ = partial.offset;
+  resuming_ = resumed_.has_value() || last_layer_ >= 0;
+}
+
+void ResultAssembler::SavePartial() {
+  if (job_.partial == nullptr) return;
+  PartialFetch& partial = *job_.partial;
+  partial.layers = std::move(result_.layers);
+  partial.num_layers = num_layers_;
+  partial.last_layer = complete_layer_;
+  partial.last_layer_tensors = complete_layer_tensors_;
+  const bool whole = std::cmp_equal(layer_.tensors.size(), layer_.result.tensors_size());
+  if (!layer_open_ || !whole || open_.empty()) {  // where this call was to go on, or nothing
+    partial.open = std::move(resumed_);
+    partial.tensor_index = resumed_tensor_;
+    partial.offset = resumed_offset_;
+    return;
+  }
+  partial.offset = 0;
+  for (partial.tensor_index = 0;; ++partial.tensor_index) {
+    const OutputTensor& tensor = layer_.tensors[static_cast<size_t>(partial.tensor_index)];
+    const auto found = open_.find(tensor.descriptor.id());
+    if (found == open_.end()) continue;
+    // All bytes and still open: they do not have their checksum.
+    const size_t received = found->second.received;
+    partial.offset = received < tensor.data.size() ? static_cast<int64_t>(received) : 0;
+    break;
+  }
+  partial.open = std::move(layer_);
+}
+
 absl::Status ResultAssembler::Take(const wire::Frame& frame) {
   if (ended_) return Protocol("message after the end");
   return frame.is_chunk() ? TakeChunk(frame) : TakeControl(frame);
@@ -50,12 +91,17 @@ absl::Status ResultAssembler::TakeControl(const wire::Frame& frame) {
   if (response.has_layer()) return TakeLayer(std::move(*response.mutable_layer()));
   // A message that this version does not know is passed over.
   if (!response.has_end()) return absl::OkStatus();
+  if (resumed_.has_value()) return Protocol("the layer to go on with did not come");
   ended_ = true;
   result_.end = std::move(*response.mutable_end());
   return absl::OkStatus();
 }
 
 absl::Status ResultAssembler::TakeLayer(v1::LayerResult layer) {
+  if (std::exchange(resuming_, false) &&
+      (resumed_.has_value() || layer.plan().layer() == last_layer_)) {
+    return ResumeLayer(std::move(layer));
+  }
   if (layer.plan().layer() <= last_layer_) {
     return Protocol("layer ", layer.plan().layer(), " after layer ", last_layer_);
   }
@@ -67,6 +113,38 @@ absl::Status ResultAssembler::TakeLayer(v1::LayerResult layer) {
     return status;
   }
   return open_.empty() ? DeliverLayer() : absl::OkStatus();
+}
+
+absl::Status ResultAssembler::ResumeLayer(v1::LayerResult layer) {
+  if (!resumed_.has_value()) return absl::OkStatus();  // it is complete: its chunks do not come
+  const int32_t number = resumed_->result.plan().layer();
+  if (layer.plan().layer() != number) {
+    return Protocol("layer ", layer.plan().layer(), " where layer ", number, " was to go on");
+  }
+  const auto num_tensors = static_cast<size_t>(layer.tensors_size());
+  const auto first = static_cast<size_t>(resumed_tensor_);
+  bool same = resumed_->tensors.size() == num_tensors && first < num_tensors;
+  for (size_t i = 0; same && i < num_tensors; ++i) {
+    const v1::TensorDescriptor& now = layer.tensors(static_cast<int>(i));
+    OutputTensor& tensor = resumed_->tensors[i];
+    same = now.kind() == tensor.descriptor.kind() && now.dtype() == tensor.descriptor.dtype() &&
+           std::cmp_equal(now.byte_size(), tensor.data.size());
+    tensor.descriptor = now;
+  }
+  if (!same || resumed_offset_ < 0 ||
+      std::cmp_greater_equal(resumed_offset_, resumed_->tensors[first].data.size())) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "layer ", number, " is not what job.partial has a part of; begin with an empty one"));
+  }
+  last_layer_ = number;
+  layer_ = *std::exchange(resumed_, std::nullopt);
+  layer_.result = std::move(layer);
+  layer_open_ = true;
+  for (size_t i = first; i < num_tensors; ++i) {
+    const size_t received = i == first ? static_cast<size_t>(resumed_offset_) : 0;
+    if (absl::Status status = Expect(layer_.tensors[i], received); !status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ResultAssembler::Announce(
@@ -85,9 +163,15 @@ absl::Status ResultAssembler::Announce(
     auto data = AlignedBuffer::Allocate(static_cast<size_t>(size));
     if (!data.ok()) return data.status();
     tensors.push_back({descriptor, *std::move(data)});
-    if (!open_.emplace(descriptor.id(), OpenTensor{&tensors.back()}).second) {
-      return Protocol("tensor id ", descriptor.id(), " occurs twice");
-    }
+    if (absl::Status status = Expect(tensors.back(), 0); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ResultAssembler::Expect(OutputTensor& tensor, size_t received) {
+  const uint32_t crc = wire::Crc32c(tensor.data.data(), received);
+  if (!open_.emplace(tensor.descriptor.id(), OpenTensor{&tensor, received, crc}).second) {
+    return Protocol("tensor id ", tensor.descriptor.id(), " occurs twice");
   }
   return absl::OkStatus();
 }
@@ -121,12 +205,14 @@ absl::Status ResultAssembler::TakeChunk(const wire::Frame& frame) {
 absl::Status ResultAssembler::DeliverLayer() {
   ++num_layers_;
   layer_open_ = false;
+  complete_layer_ = last_layer_;
+  complete_layer_tensors_ = layer_.result.tensors_size();
   if (job_.on_layer) return job_.on_layer(std::exchange(layer_, {}));
   result_.layers.push_back(std::exchange(layer_, {}));
   return absl::OkStatus();
 }
 
-absl::StatusOr<CompressResult> ResultAssembler::Finish() && {
+absl::StatusOr<CompressResult> ResultAssembler::Finish() {
   if (!ended_) return Protocol("the stream ended without an end message");
   return std::move(result_);
 }

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -17,9 +18,8 @@ namespace dynsplit {
 // thread at a time.
 class ResultAssembler {
  public:
-  // `job` outlives the object.
-  ResultAssembler(const CompressJob& job, int64_t max_result_bytes)
-      : job_(job), max_result_bytes_(max_result_bytes) {}
+  // `job` outlives the object. Takes over what job.partial holds.
+  ResultAssembler(const CompressJob& job, int64_t max_result_bytes);
 
   // Takes the next message. INTERNAL where the grammar forbids it, DATA_LOSS on a checksum,
   // RESOURCE_EXHAUSTED beyond max_result_bytes or memory, or what on_layer returned.
@@ -27,8 +27,10 @@ class ResultAssembler {
 
   bool accepted() const { return accepted_; }
   int32_t num_layers() const { return num_layers_; }
-  // All that was received. INTERNAL when the end message is missing.
-  absl::StatusOr<CompressResult> Finish() &&;
+  // Gives what was received to job.partial, where there is one: the call has failed.
+  void SavePartial();
+  // Gives away all that was received. INTERNAL when the end message is missing.
+  absl::StatusOr<CompressResult> Finish();
   const CompressResult& result() const { return result_; }
 
  private:
@@ -44,6 +46,10 @@ class ResultAssembler {
   // Makes room for what was announced and expects its chunks.
   absl::Status Announce(const google::protobuf::RepeatedPtrField<v1::TensorDescriptor>& descriptors,
                         std::vector<OutputTensor>& tensors);
+  // Expects the chunks of a tensor behind the `received` bytes that it has.
+  absl::Status Expect(OutputTensor& tensor, size_t received);
+  // The first layer of a stream that goes on within, or right behind, that layer.
+  absl::Status ResumeLayer(v1::LayerResult layer);
   absl::Status DeliverLayer();
 
   const CompressJob& job_;
@@ -51,7 +57,13 @@ class ResultAssembler {
   CompressResult result_;
   bool accepted_ = false, sequence_ = false, ended_ = false;
   int32_t num_layers_ = 0;  // complete ones
-  int32_t last_layer_ = -1;
+  int32_t complete_layer_ = -1;
+  int32_t complete_layer_tensors_ = 0;
+  int32_t last_layer_ = -1;             // complete or being received
+  bool resuming_ = false;               // the layer to go on with has not come yet
+  std::optional<LayerOutput> resumed_;  // what was received of it before; none = all
+  int32_t resumed_tensor_ = 0;
+  int64_t resumed_offset_ = 0;
   int64_t announced_bytes_ = 0;
   bool layer_open_ = false;
   LayerOutput layer_;  // the one being received

@@ -9,6 +9,7 @@
 //   4. Each step and layer: let the service Select into the tokens' region, then dynsplit_attend on
 //      the engine's stream, with the engine's newest rows as the tail.
 //   5. A captured graph replays the pointers and row counts of its capture; contents may change.
+//      Call once before the first capture, so that the kernels are loaded.
 // Functions work on the calling thread's current device, return DYNSPLIT_OK or an error that
 // dynsplit_engine_error() puts into words, and may be called from several threads. No function
 // waits for the device except dynsplit_allocate, dynsplit_free and dynsplit_close_ipc.
@@ -27,6 +28,7 @@
 extern "C" {
 #endif
 
+// NOLINTBEGIN(readability-identifier-naming): names of a C interface.
 enum {
   DYNSPLIT_OK = 0,
   DYNSPLIT_INVALID_ARGUMENT = 1,  // nothing was enqueued
@@ -47,8 +49,8 @@ enum {
 DYNSPLIT_ENGINE_API const char* dynsplit_engine_error(void);
 
 // What all items of a call have in common. Fastest: head_dim 64 or 128, at most 16 query heads a KV
-// head, keys and values of one type which is the queries' 16-bit one or a quantised one, all
-// addresses and strides multiples of 16 bytes. Everything else takes a slower path.
+// head, queries of a 16-bit type, keys and values of one type which is theirs or a quantised one,
+// all addresses and strides multiples of 16 bytes. Everything else takes a slower path.
 typedef struct dynsplit_attend_shape {
   int32_t num_query_heads;  // a multiple of num_kv_heads, at most 1024
   int32_t num_kv_heads;
@@ -84,6 +86,7 @@ typedef struct dynsplit_attend_item {
   void* output;           // out [num_query_heads, head_dim], query_dtype
   float* lse;  // out [num_query_heads], natural log of the sum of exponentials; null: not wanted
 } dynsplit_attend_item;
+// NOLINTEND(readability-identifier-naming)
 
 // Bytes that suffice for calls of at most `max_items` items, whatever their rows.
 DYNSPLIT_ENGINE_API int dynsplit_attend_workspace_bytes(const dynsplit_attend_shape* shape,

@@ -34,6 +34,15 @@ absl::Status WithDetails(absl::Status status, std::string_view kind, std::string
   return status;
 }
 
+absl::Status AboutResource(absl::StatusCode code, std::string_view resource_type,
+                           std::string_view name, std::string_view problem) {
+  // The name is the caller's: escaped and cut so that it cannot flood or forge a log line.
+  const std::string quoted = absl::CEscape(View(name.substr(0, kMaxQuotedName)));
+  return WithDetails(
+      absl::Status(code, absl::StrCat(View(resource_type), " \"", quoted, "\" ", View(problem))),
+      "resource", resource_type, quoted, problem);
+}
+
 std::string Payload(const absl::Status& status, std::string_view url) {
   const auto payload = status.GetPayload(View(url));
   return payload.has_value() ? std::string(*payload) : std::string();
@@ -54,11 +63,12 @@ absl::Status PreconditionFailed(std::string_view type, std::string_view subject,
 }
 
 absl::Status NotFound(std::string_view resource_type, std::string_view name) {
-  // The name is the caller's: escaped and cut so that it cannot flood or forge a log line.
-  const std::string quoted = absl::CEscape(View(name.substr(0, kMaxQuotedName)));
-  return WithDetails(
-      absl::NotFoundError(absl::StrCat(View(resource_type), " \"", quoted, "\" is unknown")),
-      "resource", resource_type, quoted, "is unknown");
+  return AboutResource(absl::StatusCode::kNotFound, resource_type, name, "is unknown");
+}
+
+absl::Status AlreadyExists(std::string_view resource_type, std::string_view name,
+                           std::string_view problem) {
+  return AboutResource(absl::StatusCode::kAlreadyExists, resource_type, name, problem);
 }
 
 absl::Status RetryLater(absl::StatusCode code, std::string_view problem, int64_t retry_after_ms) {

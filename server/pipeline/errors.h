@@ -25,6 +25,10 @@ absl::Status PreconditionFailed(std::string_view type, std::string_view subject,
 // NOT_FOUND of a named thing ("preset", "snapkw").
 absl::Status NotFound(std::string_view resource_type, std::string_view name);
 
+// ALREADY_EXISTS of a named thing.
+absl::Status AlreadyExists(std::string_view resource_type, std::string_view name,
+                           std::string_view problem);
+
 // RESOURCE_EXHAUSTED or UNAVAILABLE that is worth another try after the delay.
 absl::Status RetryLater(absl::StatusCode code, std::string_view problem, int64_t retry_after_ms);
 

@@ -12,13 +12,13 @@
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
 #include "server/rpc/policy_adapter.h"
+#include "server/rpc/session_adapter.h"
 #include "server/rpc/tensor_adapter.h"
 
 namespace dynsplit::rpc {
 namespace {
 
 constexpr size_t kMaxRequestIdBytes = 128;
-constexpr size_t kMaxTenantBytes = 64;
 constexpr int32_t kMaxTensorsPerLayer = 8;
 constexpr int32_t kMaxSequenceTensors = 16;
 constexpr int kHashDigits = 32;
@@ -39,10 +39,12 @@ absl::Status CheckText(const std::string& field, const std::string& text, size_t
 absl::Status DecodeNames(const v1::Begin& begin, const std::string& fallback_request_id,
                          RequestSpec& spec) {
   absl::Status status = CheckText("request_id", begin.request_id(), kMaxRequestIdBytes);
-  status.Update(CheckText("tenant", begin.tenant(), kMaxTenantBytes));
+  if (!status.ok()) return status;
   spec.request_id = begin.request_id().empty() ? fallback_request_id : begin.request_id();
-  spec.tenant = begin.tenant().empty() ? "default" : begin.tenant();
-  return status;
+  absl::StatusOr<std::string> tenant = TenantFromProto(begin.tenant(), "tenant");
+  if (!tenant.ok()) return tenant.status();
+  spec.tenant = *std::move(tenant);
+  return absl::OkStatus();
 }
 
 absl::Status DecodeNumbers(const v1::Begin& begin, RequestSpec& spec) {
@@ -78,8 +80,30 @@ struct Tensors {
   std::vector<Kinds> layers;
 };
 
+// The tensor's bytes where they lie in a region.
+absl::Status Locate(const v1::TensorDescriptor& descriptor, const RegionStore& regions,
+                    RequestTensor& tensor) {
+  if (descriptor.location().where_case() != v1::Location::kRegion) return absl::OkStatus();
+  const v1::RegionSlice& slice = descriptor.location().region();
+  const std::string field = tensor.field + ".location.region";
+  absl::StatusOr<RegionPart> part =
+      regions.Find(slice.name(), slice.generation(), slice.offset_bytes(), tensor.byte_size,
+                   /*writable=*/false, field);
+  if (!part.ok()) return part.status();
+  const auto address = reinterpret_cast<uintptr_t>(part->data);
+  const auto element_bytes = static_cast<uintptr_t>(DTypeBytes(tensor.view.dtype));
+  if (address % element_bytes != 0) {
+    return InvalidField(
+        field + ".offset_bytes",
+        absl::StrCat("is ", slice.offset_bytes(), ", which is no multiple of the element size, ",
+                     element_bytes));
+  }
+  tensor.place = *std::move(part);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<Tensors> DecodeTensors(const v1::Begin& begin, const SequenceShape& shape,
-                                      const BeginLimits& limits) {
+                                      const BeginContext& limits) {
   if (begin.tensors_size() > limits.max_total_tensors) {
     return InvalidField(
         "tensors", absl::StrCat("has ", begin.tensors_size(), " entries; the server takes at most ",
@@ -93,6 +117,8 @@ absl::StatusOr<Tensors> DecodeTensors(const v1::Begin& begin, const SequenceShap
     const std::string field = absl::StrCat("tensors[", i, "]");
     absl::StatusOr<DecodedTensor> decoded = TensorFromProto(begin.tensors(i), shape, field);
     if (!decoded.ok()) return decoded.status();
+    absl::Status located = Locate(begin.tensors(i), limits.regions, decoded->tensor);
+    if (!located.ok()) return located;
     if (!ids.insert(decoded->tensor.id).second) {
       return InvalidField(field + ".id",
                           absl::StrCat("is ", decoded->tensor.id, "; that id is taken"));
@@ -254,15 +280,21 @@ struct Demand {
 Demand DemandOf(const RequestSpec& spec) {
   switch (spec.method) {
     case Method::kCompress:
+    case Method::kOpen:
+    case Method::kAppend:
       return {.keys = true,
               .values = true,
-              .token_ids = ReadsTokenIds(spec.sequence.policy.segmentation)};
+              .token_ids = ReadsTokenIds(spec.sequence.policy.segmentation) ||
+                           (spec.opening.has_value() &&
+                            ReadsTokenIds(spec.opening->resident.policy.segmentation))};
     case Method::kPlan:
       return {.token_ids = ReadsTokenIds(spec.sequence.policy.segmentation)};
     case Method::kApply:
       return {.keys = true, .values = true, .kept_tokens = true, .block_starts = true};
     case Method::kCalibrate:
       return {.keys = true, .queries = true, .token_ids = true, .query_positions = true};
+    case Method::kFetch:
+      return {.kept_tokens = true};
   }
   return {};
 }
@@ -306,7 +338,56 @@ absl::Status CheckDemand(const RequestSpec& spec, const Tensors& tensors) {
                         absl::StrCat("is ", TensorKindName(kind), ", which ",
                                      MethodName(spec.method), " does not take"));
   }
+  if (spec.method != Method::kOpen && spec.method != Method::kAppend) return absl::OkStatus();
+  for (const DecodedTensor& decoded : tensors.all) {
+    const TensorKind kind = decoded.tensor.kind;
+    if (kind != TensorKind::kQueries && kind != TensorKind::kLogSumExp &&
+        kind != TensorKind::kAccumulatedScores) {
+      continue;
+    }
+    return InvalidField(decoded.tensor.field + ".kind",
+                        absl::StrCat("is ", TensorKindName(kind), ", which ",
+                                     MethodName(spec.method), " does not take"));
+  }
   return absl::OkStatus();
+}
+
+// Of what Fetch takes: sets of tokens for some of the layers, as the session's scope has them.
+absl::Status CheckFetchTensors(const RequestSpec& spec, const Tensors& tensors) {
+  const SequenceShape& shape = spec.sequence.shape;
+  const int64_t groups = spec.sequence.policy.scope == Scope::kLayerHead ? shape.num_kv_heads : 1;
+  for (const DecodedTensor& decoded : tensors.all) {
+    const RequestTensor& tensor = decoded.tensor;
+    if (tensor.kind != TensorKind::kKeptTokens) {
+      return InvalidField(tensor.field + ".kind", absl::StrCat("is ", TensorKindName(tensor.kind),
+                                                               ", which Fetch does not take"));
+    }
+    if (!std::binary_search(spec.fetch_layers.begin(), spec.fetch_layers.end(), tensor.layer)) {
+      return InvalidField(tensor.field + ".layer",
+                          absl::StrCat("is ", tensor.layer, "; must be one of target.layers"));
+    }
+    if (tensor.byte_size % (4 * groups) != 0 ||
+        tensor.byte_size / (4 * groups) > shape.num_tokens) {
+      return InvalidField(tensor.field + ".byte_size",
+                          absl::StrCat("is ", tensor.byte_size, "; must be int32 of ", groups,
+                                       " groups of 1 to ", shape.num_tokens, " tokens"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+// K and V come in the types of the session's.
+absl::Status CheckAppendTypes(const RequestSpec& spec, const ResidentSpec& session) {
+  const SequenceSpec& sequence = spec.sequence;
+  if (sequence.key_dtype == session.key_dtype && sequence.value_dtype == session.value_dtype) {
+    return absl::OkStatus();
+  }
+  return InvalidField(
+      "tensors",
+      absl::StrCat("have K of ", std::string(DTypeName(sequence.key_dtype)), " and V of ",
+                   std::string(DTypeName(sequence.value_dtype)), "; the session was opened with ",
+                   std::string(DTypeName(session.key_dtype)), " and ",
+                   std::string(DTypeName(session.value_dtype))));
 }
 
 absl::Status CheckCalibration(const RequestSpec& spec, const Tensors& tensors) {
@@ -445,21 +526,70 @@ absl::Status CheckWindow(const RequestSpec& spec, const Tensors& tensors) {
                       absl::StrCat("has ", rows, " window queries; must have 1 to ", most));
 }
 
-// Delimiters that the policy's segmentation, or the calibration, reads.
-absl::Status ChooseProfile(const ProfileStore& profiles, RequestSpec& spec) {
-  SegmentationPolicy& segmentation = spec.sequence.policy.segmentation;
-  if (spec.method != Method::kCalibrate && !ReadsTokenIds(segmentation)) return absl::OkStatus();
+// Delimiters that the segmentation reads. `field` is the path of its policy.
+absl::StatusOr<std::shared_ptr<const DelimiterProfile>> ChooseProfile(
+    const ProfileStore& profiles, const std::string& field, SegmentationPolicy& segmentation) {
   if (segmentation.profile.empty() && profiles.default_name().empty()) {
-    return InvalidField("policy.segmentation.profile",
+    return InvalidField(field + ".segmentation.profile",
                         "is empty, and this server has no default profile; must name the one of "
                         "the request's tokenizer (Info.ListDelimiterProfiles)");
   }
   absl::StatusOr<std::shared_ptr<const DelimiterProfile>> profile =
       profiles.Find(segmentation.profile);
+  if (profile.ok()) segmentation.profile = (*profile)->name();
+  return profile;
+}
+
+// Delimiters that the request's policy, or the calibration, reads.
+absl::Status ChooseProfile(const ProfileStore& profiles, RequestSpec& spec) {
+  SegmentationPolicy& segmentation = spec.sequence.policy.segmentation;
+  if (spec.method != Method::kCalibrate && !ReadsTokenIds(segmentation)) return absl::OkStatus();
+  auto profile = ChooseProfile(profiles, "policy", segmentation);
   if (!profile.ok()) return profile.status();
   spec.profile = *std::move(profile);
-  segmentation.profile = spec.profile->name();
   return absl::OkStatus();
+}
+
+// How the sequence is to rest.
+absl::Status ResolveOpening(const v1::Begin& begin, const ProfileStore& profiles,
+                            RequestSpec& spec) {
+  if (spec.method != Method::kOpen && !begin.has_session()) return absl::OkStatus();
+  const std::string field = spec.method == Method::kOpen ? "policy" : "session_policy";
+  absl::StatusOr<SessionOpening> opening = OpeningFromProto(
+      begin.session(), spec.method == Method::kOpen ? begin.policy() : begin.session_policy(),
+      field, spec.sequence.shape, spec.sequence.rope, spec.tenant);
+  if (!opening.ok()) return opening.status();
+  SegmentationPolicy& segmentation = opening->resident.policy.segmentation;
+  if (ReadsTokenIds(segmentation)) {
+    auto profile = ChooseProfile(profiles, field, segmentation);
+    if (!profile.ok()) return profile.status();
+    opening->profile = *std::move(profile);
+  }
+  if (spec.method == Method::kOpen) spec.sequence.policy = opening->resident.policy;
+  spec.opening = *std::move(opening);
+  return absl::OkStatus();
+}
+
+absl::Status DecodeRope(const v1::Begin& begin, RequestSpec& spec) {
+  if (!begin.has_rope()) return absl::OkStatus();
+  absl::StatusOr<Rope> rope = RopeFromProto(begin.rope(), spec.sequence.shape.head_dim);
+  if (!rope.ok()) return rope.status();
+  spec.sequence.rope = *std::move(rope);
+  return absl::OkStatus();
+}
+
+// Append and Fetch: what the session says.
+absl::Status ResolveTarget(const v1::Begin& begin, const TargetSession& target, RequestSpec& spec) {
+  if (!spec.sequence.rope.has_value()) spec.sequence.rope = target.spec.rope;
+  spec.sequence.policy = target.spec.policy;
+  if (spec.method == Method::kAppend) return absl::OkStatus();
+  if (absl::Status status = DecodeFetch(begin, spec); !status.ok()) return status;
+  spec.segmentation = target.segmentation;
+  const ResidentLayout layout = PlanResident(target.spec, 0);
+  spec.sequence.key_dtype = layout.key_dtype;
+  spec.sequence.value_dtype = layout.value_dtype;
+  const Rope* rope = spec.sequence.rope.has_value() ? &*spec.sequence.rope : nullptr;
+  return ValidatePolicy(spec.sequence.policy, spec.sequence.shape, rope);
 }
 
 absl::Status ResolvePolicy(const v1::Begin& begin, const ProfileStore& profiles,
@@ -473,15 +603,113 @@ absl::Status ResolvePolicy(const v1::Begin& begin, const ProfileStore& profiles,
                                         : PolicyFromProto(begin.policy(), "policy");
   if (!policy.ok()) return policy.status();
   spec.sequence.policy = *std::move(policy);
-  if (begin.has_rope()) {
-    absl::StatusOr<Rope> rope = RopeFromProto(begin.rope(), spec.sequence.shape.head_dim);
-    if (!rope.ok()) return rope.status();
-    spec.sequence.rope = *std::move(rope);
-  }
   const Rope* rope = spec.sequence.rope.has_value() ? &*spec.sequence.rope : nullptr;
   absl::Status status = ValidatePolicy(spec.sequence.policy, spec.sequence.shape, rope);
   if (!status.ok() || apply) return status;
   return ChooseProfile(profiles, spec);
+}
+
+// Tokens that an append without a shape brings: as many as it has ids of, or else rows of keys.
+int64_t AppendedTokens(const v1::Begin& begin, const SequenceShape& shape) {
+  int64_t num_tokens = 0;
+  for (const v1::TensorDescriptor& tensor : begin.tensors()) {
+    if (tensor.kind() == v1::TENSOR_KIND_TOKEN_IDS) return tensor.byte_size() / 4;
+    if (num_tokens > 0 || tensor.kind() != v1::TENSOR_KIND_KEY) continue;
+    for (const v1::Dim& dim : tensor.dims()) {
+      if (dim.axis() == v1::AXIS_TOKEN) num_tokens = dim.size();
+    }
+    const absl::StatusOr<DType> dtype = DTypeFromProto(tensor.dtype(), "");
+    if (tensor.dims_size() > 0 || !dtype.ok()) continue;
+    num_tokens = tensor.byte_size() / (DTypeBytes(*dtype) * shape.num_kv_heads * shape.head_dim);
+  }
+  return num_tokens;
+}
+
+absl::Status DecodeShape(const v1::Begin& begin, const TargetSession* target, RequestSpec& spec) {
+  SequenceShape& shape = spec.sequence.shape;
+  shape = ShapeFromProto(begin.shape());
+  if (target == nullptr) return ValidateShape(shape);
+  SequenceShape own = target->spec.shape;
+  if (spec.method == Method::kAppend) {
+    own.num_tokens = begin.has_shape() ? shape.num_tokens : AppendedTokens(begin, own);
+  }
+  if (begin.has_shape() && shape != own) {
+    return InvalidField("shape", "differs from the session's; leave it out, or repeat it");
+  }
+  shape = own;
+  return ValidateShape(shape);
+}
+
+absl::Status DecodeHead(const v1::Begin& begin, const BeginContext& context, RequestSpec& spec) {
+  const Method method = spec.method;
+  spec.sequence.with_receipt = !begin.no_receipt() && method <= Method::kApply;
+  spec.shadow = begin.shadow();
+  absl::Status status = DecodeNames(begin, context.fallback_request_id, spec);
+  if (status.ok()) status = CheckSessionFields(begin, method);
+  if (status.ok()) status = DecodeShape(begin, context.target, spec);
+  if (status.ok()) status = DecodeNumbers(begin, spec);
+  if (status.ok()) status = DecodeRope(begin, spec);
+  if (status.ok() && spec.shadow && method != Method::kCompress) {
+    status = InvalidField("shadow", "is set; only Compress has a shadow mode");
+  }
+  if (status.ok() && method > Method::kCalibrate && begin.has_plan()) {
+    status = InvalidField("plan", "is set; only Apply takes one");
+  }
+  if (!status.ok()) return status;
+  if (context.target != nullptr) return ResolveTarget(begin, *context.target, spec);
+  if (method != Method::kOpen) {
+    status = ResolvePolicy(begin, context.profiles, spec);
+    if (!status.ok()) return status;
+  }
+  return ResolveOpening(begin, context.profiles, spec);
+}
+
+absl::Status CheckTensors(const v1::Begin& begin, const BeginContext& context,
+                          const Tensors& tensors, RequestSpec& spec) {
+  const Method method = spec.method;
+  if (method == Method::kFetch) {
+    spec.sequence.input_scale_granularity = ScaleGranularity::kTokenHead;
+    return CheckFetchTensors(spec, tensors);
+  }
+  absl::Status status = CheckUniform(tensors);
+  std::optional<ScaleGranularity> granularity;
+  for (const Kinds& layer : tensors.layers) {
+    if (status.ok()) status = CheckLayerSizes(layer, spec.sequence.shape, granularity);
+  }
+  if (status.ok()) status = CheckPaging(tensors, spec.sequence.shape);
+  if (status.ok()) status = CheckDemand(spec, tensors);
+  if (status.ok()) status = CheckWindow(spec, tensors);
+  if (!status.ok()) return status;
+  spec.sequence.input_scale_granularity = granularity.value_or(ScaleGranularity::kHead);
+  FillSupply(tensors, spec.sequence);
+  if (spec.opening.has_value()) {
+    SetTypes(begin.session(), spec.sequence.key_dtype, spec.sequence.value_dtype,
+             spec.opening->resident);
+  }
+  switch (method) {
+    case Method::kOpen:
+    case Method::kFetch:
+      return absl::OkStatus();
+    case Method::kAppend:
+      return CheckAppendTypes(spec, context.target->spec);
+    case Method::kCalibrate:
+      DecodeCalibration(begin.calibration(), spec.calibration);
+      return CheckCalibration(spec, tensors);
+    case Method::kApply:
+      status = DecodePlan(begin.plan(), spec);
+      if (status.ok()) status = CheckPlanTensors(spec, tensors, begin.plan().num_blocks());
+      return status;
+    case Method::kCompress:
+    case Method::kPlan:
+      break;
+  }
+  status = ResolveEvidence(spec.sequence);
+  // A fallback may cut otherwise than the policy it replaces.
+  if (status.ok() && !spec.sequence.fallback_preset.empty()) {
+    status = CheckDemand(spec, tensors);
+    if (status.ok()) status = ChooseProfile(context.profiles, spec);
+  }
+  return status;
 }
 
 }  // namespace
@@ -496,55 +724,25 @@ const char* MethodName(Method method) {
       return "Apply";
     case Method::kCalibrate:
       return "Calibrate";
+    case Method::kOpen:
+      return "Open";
+    case Method::kAppend:
+      return "Append";
+    case Method::kFetch:
+      return "Fetch";
   }
   return "";
 }
 
 absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
-                                          const ProfileStore& profiles, const BeginLimits& limits,
-                                          const std::string& fallback_request_id) {
+                                          const BeginContext& context) {
   RequestSpec spec;
   spec.method = method;
-  spec.sequence.shape = ShapeFromProto(begin.shape());
-  spec.sequence.with_receipt = !begin.no_receipt() && method != Method::kCalibrate;
-  spec.shadow = begin.shadow();
-  absl::Status status = DecodeNames(begin, fallback_request_id, spec);
-  if (status.ok()) status = ValidateShape(spec.sequence.shape);
-  if (status.ok()) status = DecodeNumbers(begin, spec);
-  if (status.ok() && spec.shadow && method != Method::kCompress) {
-    status = InvalidField("shadow", "is set; only Compress has a shadow mode");
-  }
-  if (status.ok()) status = ResolvePolicy(begin, profiles, spec);
+  absl::Status status = DecodeHead(begin, context, spec);
   if (!status.ok()) return status;
-
-  absl::StatusOr<Tensors> tensors = DecodeTensors(begin, spec.sequence.shape, limits);
+  absl::StatusOr<Tensors> tensors = DecodeTensors(begin, spec.sequence.shape, context);
   if (!tensors.ok()) return tensors.status();
-  status = CheckUniform(*tensors);
-  std::optional<ScaleGranularity> granularity;
-  for (const Kinds& layer : tensors->layers) {
-    if (status.ok()) status = CheckLayerSizes(layer, spec.sequence.shape, granularity);
-  }
-  if (status.ok()) status = CheckPaging(*tensors, spec.sequence.shape);
-  if (status.ok()) status = CheckDemand(spec, *tensors);
-  if (status.ok()) status = CheckWindow(spec, *tensors);
-  if (!status.ok()) return status;
-  spec.sequence.input_scale_granularity = granularity.value_or(ScaleGranularity::kHead);
-  FillSupply(*tensors, spec.sequence);
-
-  if (method == Method::kCalibrate) {
-    DecodeCalibration(begin.calibration(), spec.calibration);
-    status = CheckCalibration(spec, *tensors);
-  } else if (method == Method::kApply) {
-    status = DecodePlan(begin.plan(), spec);
-    if (status.ok()) status = CheckPlanTensors(spec, *tensors, begin.plan().num_blocks());
-  } else {
-    status = ResolveEvidence(spec.sequence);
-    // A fallback may cut otherwise than the policy it replaces.
-    if (status.ok() && !spec.sequence.fallback_preset.empty()) {
-      status = CheckDemand(spec, *tensors);
-      if (status.ok()) status = ChooseProfile(profiles, spec);
-    }
-  }
+  status = CheckTensors(begin, context, *tensors, spec);
   if (!status.ok()) return status;
   spec.tensors.reserve(tensors->all.size());
   for (DecodedTensor& decoded : tensors->all) spec.tensors.push_back(std::move(decoded.tensor));

@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "absl/status/statusor.h"
 #include "dynsplit/v1/compression.pb.h"
 #include "server/runtime/profiles.h"
+#include "server/runtime/regions.h"
 #include "server/runtime/request_spec.h"
 
 namespace dynsplit::rpc {
@@ -15,15 +17,24 @@ namespace dynsplit::rpc {
 inline constexpr int32_t kMinChunkBytes = 4096;
 inline constexpr int32_t kMaxChunkBytes = 3 << 20;
 
-struct BeginLimits {
-  int64_t max_total_tensors = 16384;
+// The session that Append and Fetch work on.
+struct TargetSession {
+  ResidentSpec spec;  // shape: as it is now
+  Segmentation segmentation;
 };
 
-// Field paths in errors are relative to Begin. `fallback_request_id` names requests that do not
-// name themselves.
+// What a Begin is read against. References outlive the call.
+struct BeginContext {
+  const ProfileStore& profiles;
+  const RegionStore& regions;
+  const TargetSession* target = nullptr;  // kAppend and kFetch only
+  int64_t max_total_tensors = 16384;
+  std::string fallback_request_id;  // names requests that do not name themselves
+};
+
+// Field paths in errors are relative to Begin. Sessions are neither made nor looked up.
 absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
-                                          const ProfileStore& profiles, const BeginLimits& limits,
-                                          const std::string& fallback_request_id);
+                                          const BeginContext& context);
 
 // "Compress", "Plan", ...
 const char* MethodName(Method method);

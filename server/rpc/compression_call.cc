@@ -11,9 +11,12 @@
 #include "proto/wire/status.h"
 #include "server/pipeline/errors.h"
 #include "server/rpc/begin_adapter.h"
+#include "server/rpc/begin_sessions.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
+#include "server/rpc/session_adapter.h"
 #include "server/runtime/log.h"
+#include "server/runtime/session_work.h"
 
 namespace dynsplit::rpc {
 namespace {
@@ -40,6 +43,9 @@ const char* RejectionReason(const absl::Status& status, bool waited_out) {
   if (GetErrorDetails(status).type == "REQUEST_TOO_LARGE") return "too_large";
   return waited_out ? "queue_timeout" : "queue_full";
 }
+
+// What goes on with something that exists is let finish.
+bool StartsWork(Method method) { return method != Method::kAppend && method != Method::kFetch; }
 
 class Reactor final : public CompressionReactor {
  public:
@@ -79,7 +85,7 @@ void CompressionCall::Start(CompressionReactor* reactor) {
     absl::MutexLock lock(&mu_);
     reactor_ = reactor;
   }
-  if (services_.draining) {
+  if (services_.draining && StartsWork(method_)) {
     Fail(RetryLater(absl::StatusCode::kUnavailable, "the server is draining", kDrainRetryAfterMs),
          "draining");
   } else if (num_streams > services_.config.max_streams) {
@@ -142,9 +148,7 @@ absl::Status CompressionCall::HandleMessage(wire::Frame frame) {
 }
 
 absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
-  absl::StatusOr<RequestSpec> spec = SpecFromBegin(
-      begin, method_, services_.profiles, {.max_total_tensors = services_.config.max_total_tensors},
-      absl::StrCat("r", absl::ToUnixMillis(services_.started), "-", services_.next_request++));
+  absl::StatusOr<RequestSpec> spec = BeginRequest(begin, method_, services_);
   if (!spec.ok()) return spec.status();
   const int64_t bytes = ReservationBytes(*spec, services_.backend().name != "cpu");
   {
@@ -162,12 +166,13 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
     return absl::OkStatus();
   }
   const std::string tenant = spec->tenant;
-  const Admission::Ticket ticket =
-      services_.admission.Request(tenant, bytes, deadline_,
-                                  [self = shared_from_this(), spec = *std::move(spec)](
-                                      absl::StatusOr<Reservation> reservation) mutable {
-                                    self->OnAdmitted(std::move(spec), std::move(reservation));
-                                  });
+  const Admission::Ticket ticket = services_.admission.Request(
+      tenant, bytes, deadline_,
+      [self = shared_from_this(),
+       spec = *std::move(spec)](absl::StatusOr<Reservation> reservation) mutable {
+        self->OnAdmitted(std::move(spec), std::move(reservation));
+      },
+      StartsWork(method_) ? Admission::Draining::kRefuse : Admission::Draining::kAdmit);
   bool over = false;
   {
     absl::MutexLock lock(&mu_);
@@ -180,6 +185,7 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
 
 void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> reservation) {
   if (!reservation.ok()) {
+    spec.appending.Reset();  // before the caller hears of it, and tries again
     const bool waited_out = absl::Now() - started_ >= services_.config.queue_timeout;
     return Fail(reservation.status(), RejectionReason(reservation.status(), waited_out));
   }
@@ -191,7 +197,7 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
   accepted.set_reserved_bytes(reservation->bytes());
   accepted.set_backend(services_.backend().name);
   accepted.set_max_chunk_bytes(services_.config.max_chunk_bytes);
-  encoder_.emplace(spec.max_chunk_bytes);
+  encoder_.emplace(spec.max_chunk_bytes, spec.fetch_resume);
   tensor_crcs_.assign(spec.tensors.size(), 0);
   {
     std::vector<Outgoing> first;
@@ -211,6 +217,7 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
     }
   }
   if (over) return (*request)->Cancel();
+  (*request)->Start();
   ReadNext();
 }
 
@@ -287,7 +294,11 @@ absl::Status CompressionCall::HandleEnd(const v1::End& end) {
 
 void CompressionCall::OnSequence(SequenceOutput output) { Enqueue(encoder_->Encode(output)); }
 
-void CompressionCall::OnLayer(ComputedLayer output) { Enqueue(encoder_->Encode(output)); }
+void CompressionCall::OnLayer(ComputedLayer output) {
+  absl::StatusOr<std::vector<Outgoing>> messages = encoder_->Encode(output);
+  if (!messages.ok()) return Fail(messages.status());
+  Enqueue(*std::move(messages));
+}
 
 void CompressionCall::OnEnd(EndOutput output) {
   absl::MutexLock lock(&mu_);
@@ -319,6 +330,7 @@ void CompressionCall::Pump() {
     reactor_->StartWrite(&outgoing);
     return;
   }
+  if (!let_go_) return;
   finished_ = true;
   RecordFinish(*settled_);
   reactor_->Finish(settled_->ok() ? grpc::Status::OK : ErrorToGrpc(*settled_));
@@ -336,6 +348,7 @@ void CompressionCall::OnWritten(bool ok) {
     if (ok && !settled_.has_value()) {
       if (queue_.empty()) {  // that was the end
         settled_ = absl::OkStatus();
+        let_go_ = true;
         over = std::exchange(request_, nullptr);
       } else {
         sent.push_back(std::move(queue_.front()));
@@ -365,10 +378,13 @@ bool CompressionCall::Settle(absl::Status status) {
     unsent.swap(queue_);
     parked = std::exchange(parked_, std::nullopt);
     ticket = ticket_;
-    Pump();
   }
+  // Before the caller hears of the end, and tries again.
   if (ticket != 0) services_.admission.Cancel(ticket);
   if (request != nullptr) request->Cancel();
+  absl::MutexLock lock(&mu_);
+  let_go_ = true;
+  Pump();
   return true;
 }
 
@@ -404,6 +420,14 @@ grpc::ByteBuffer CompressionCall::EncodeEnd() {
   v1::CompressResponse response;
   v1::CompressEnd& end = *response.mutable_end();
   end = EndToProto(*end_);
+  if (end_->opened != nullptr) {
+    // Not before: nothing is kept of a call that does not get here.
+    services_.sessions.Publish(end_->opened);
+    end_->session = Snapshot(*end_->opened, services_.sessions);
+  }
+  if (end_->session.has_value()) {
+    *end.mutable_session() = SessionToProto(*end_->session, services_.endpoint());
+  }
   end.mutable_seconds()->set_send(absl::ToDoubleSeconds(sending_));
   end.set_total_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
   end.set_backend(services_.backend().name);
@@ -413,7 +437,11 @@ grpc::ByteBuffer CompressionCall::EncodeEnd() {
 
 void CompressionCall::RecordResult(const v1::CompressEnd& end) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  if (method_ == Method::kCalibrate) return;
+  if (method_ == Method::kAppend) {
+    const SequenceShape& appended = end_->stored_shape;
+    services_.metrics.Appended(appended.num_tokens * appended.num_layers * appended.num_kv_heads);
+  }
+  if (end_->plan.layers.empty()) return;
   const v1::StageSeconds& seconds = end.seconds();
   const SequenceShape& shape = end_->plan.shape;
   int64_t tokens_kept = 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One Compression stream of any method: frames in, request, frames out.
+// One stream of any method of Compression, or of Sessions' Open, Append and Fetch: frames in,
+// request, frames out.
 //
 // Two objects. The reactor is gRPC's: it lives from the start of the call to OnDone. The call is
 // shared with the request and outlives the reactor while jobs run; it forgets the reactor when the
@@ -109,6 +110,7 @@ class CompressionCall final : public ResultSink,
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
   absl::Duration sending_ ABSL_GUARDED_BY(mu_);
   std::optional<absl::Status> settled_ ABSL_GUARDED_BY(mu_);
+  bool let_go_ ABSL_GUARDED_BY(mu_) = false;    // of the request, so that Finish may be called
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called
 
  public:

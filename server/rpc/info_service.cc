@@ -9,16 +9,13 @@
 #include "server/pipeline/errors.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
+#include "server/rpc/session_adapter.h"
+#include "server/rpc/tensor_adapter.h"
+#include "server/rpc/unary.h"
 #include "server/runtime/log.h"
 
 namespace dynsplit::rpc {
 namespace {
-
-grpc::ServerUnaryReactor* Reply(grpc::CallbackServerContext* context, const absl::Status& status) {
-  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-  reactor->Finish(status.ok() ? grpc::Status::OK : ErrorToGrpc(status));
-  return reactor;
-}
 
 void FillLimits(const ServerConfig& config, v1::Limits& limits) {
   limits.set_max_message_bytes(config.max_message_bytes);
@@ -30,7 +27,8 @@ void FillLimits(const ServerConfig& config, v1::Limits& limits) {
   limits.set_max_streams(config.max_streams);
 }
 
-void FillCapabilities(v1::Capabilities& capabilities) {
+void FillCapabilities(const ServerConfig& config, const BackendInfo& backend,
+                      v1::Capabilities& capabilities) {
   for (const v1::DType dtype : {v1::DTYPE_FLOAT32, v1::DTYPE_FLOAT16, v1::DTYPE_BFLOAT16,
                                 v1::DTYPE_FLOAT8_E4M3, v1::DTYPE_FLOAT8_E5M2, v1::DTYPE_INT8}) {
     capabilities.add_input_dtypes(dtype);
@@ -60,7 +58,15 @@ void FillCapabilities(v1::Capabilities& capabilities) {
   capabilities.add_positions(v1::POSITIONS_CONTIGUOUS);
   for (const int32_t slots : {16, 32, 64, 128}) capabilities.add_page_sizes(slots);
   capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_STREAM);
+  if (config.regions == "shm" || config.regions == "all") {
+    capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_SHM);
+  }
+  const bool has_device = !backend.uuid.empty();
+  if (has_device && (config.regions == "cuda-ipc" || config.regions == "all")) {
+    capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_CUDA_IPC);
+  }
   capabilities.set_max_shards(1);
+  capabilities.set_sessions(true);
 }
 
 absl::StatusOr<DelimiterProfile> ProfileFromProto(const v1::DelimiterProfile& wire) {
@@ -82,6 +88,31 @@ absl::StatusOr<DelimiterProfile> ProfileFromProto(const v1::DelimiterProfile& wi
   return DelimiterProfile::Create(wire.name(), wire.description(), std::move(weights));
 }
 
+// What a session of that shape will weigh.
+absl::Status AdviseSession(const v1::AdviseRequest& request, v1::AdviseResponse& response) {
+  const SequenceShape shape = ShapeFromProto(request.shape());
+  absl::Status status = ValidateShape(shape);
+  if (!status.ok()) return status;
+  absl::StatusOr<DType> dtype = DType::kBFloat16;
+  if (request.dtype() != v1::DTYPE_UNSPECIFIED) dtype = DTypeFromProto(request.dtype(), "dtype");
+  if (!dtype.ok()) return dtype.status();
+  if (*dtype == DType::kInt32) return InvalidField("dtype", "is int32; K and V are not");
+  absl::StatusOr<SessionOpening> opening =
+      OpeningFromProto(request.session(), request.session_policy(), "session_policy", shape,
+                       std::nullopt, /*tenant=*/"");
+  if (!opening.ok()) return opening.status();
+  ResidentSpec& resident = opening->resident;
+  SetTypes(request.session(), *dtype, *dtype, resident);
+  const Residence residence = opening->settings.placement == SessionSettings::Placement::kHost
+                                  ? Residence::kHost
+                                  : Residence::kDevice;
+  const int64_t num_blocks = ExpectedBlocks(resident.policy.segmentation, resident.capacity_tokens);
+  *response.mutable_policy() = PolicyToProto(resident.policy);
+  *response.mutable_session_bytes() = BytesToProto(PlanResident(resident, num_blocks), residence);
+  response.set_reason("a session drops nothing; these are the bytes that it will hold");
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 grpc::ServerUnaryReactor* InfoService::GetServerInfo(grpc::CallbackServerContext* context,
@@ -94,7 +125,7 @@ grpc::ServerUnaryReactor* InfoService::GetServerInfo(grpc::CallbackServerContext
   response->set_policy_version(kPolicyVersion);
   response->set_default_profile(services_.profiles.default_name());
   FillLimits(services_.config, *response->mutable_limits());
-  FillCapabilities(*response->mutable_capabilities());
+  FillCapabilities(services_.config, services_.backend(), *response->mutable_capabilities());
   response->set_draining(services_.draining);
   response->set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - services_.started));
   return Reply(context, absl::OkStatus());
@@ -164,8 +195,9 @@ grpc::ServerUnaryReactor* InfoService::PutDelimiterProfile(
 }
 
 grpc::ServerUnaryReactor* InfoService::Advise(grpc::CallbackServerContext* context,
-                                              const v1::AdviseRequest* /*request*/,
-                                              v1::AdviseResponse* /*response*/) {
+                                              const v1::AdviseRequest* request,
+                                              v1::AdviseResponse* response) {
+  if (request->has_session()) return Reply(context, AdviseSession(*request, *response));
   return Reply(context, WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_METHOD",
                                    "this server gives no advice; use shadow mode to measure what "
                                    "compression would bring"));

@@ -5,8 +5,10 @@
 
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "grpcpp/support/byte_buffer.h"
 #include "server/runtime/request_spec.h"
 
@@ -20,16 +22,20 @@ struct Outgoing {
 // Numbers tensors consecutively over the stream. Not thread-safe.
 class ResultEncoder {
  public:
-  explicit ResultEncoder(int32_t max_chunk_bytes) : max_chunk_bytes_(max_chunk_bytes) {}
+  explicit ResultEncoder(int32_t max_chunk_bytes, std::optional<FetchResume> resume = std::nullopt)
+      : max_chunk_bytes_(max_chunk_bytes), resume_(resume) {}
 
   std::vector<Outgoing> Encode(const SequenceOutput& output);
-  std::vector<Outgoing> Encode(const ComputedLayer& output);
+  // INVALID_ARGUMENT where the stream is to go on behind the layer's end.
+  absl::StatusOr<std::vector<Outgoing>> Encode(const ComputedLayer& output);
 
  private:
-  // Computes the checksums: reads every byte once.
-  void AppendChunks(const std::vector<ResultTensor>& tensors, std::vector<Outgoing>& messages);
+  // Computes the checksums: reads every byte once. What comes before `resume` is not sent.
+  void AppendChunks(const std::vector<ResultTensor>& tensors, const FetchResume& resume,
+                    std::vector<Outgoing>& messages);
 
   const int32_t max_chunk_bytes_;
+  const std::optional<FetchResume> resume_;
   uint32_t next_tensor_id_ = 1;
 };
 

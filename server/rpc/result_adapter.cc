@@ -101,7 +101,7 @@ v1::CompressEnd EndToProto(const EndOutput& output) {
   v1::CompressEnd wire;
   if (output.profile.has_value()) {
     *wire.mutable_profile() = ProfileToProto(*output.profile);
-  } else {
+  } else if (!output.plan.layers.empty()) {
     *wire.mutable_plan() = PlanToProto(output);
     if (!output.receipts.empty()) *wire.mutable_receipt() = SummarizeReceipts(output);
   }

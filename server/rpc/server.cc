@@ -20,6 +20,8 @@
 #include "proto/wire/channel.h"
 #include "server/rpc/compression_service.h"
 #include "server/rpc/info_service.h"
+#include "server/rpc/memory_service.h"
+#include "server/rpc/session_service.h"
 #include "server/runtime/log.h"
 
 namespace dynsplit::rpc {
@@ -28,7 +30,9 @@ namespace {
 constexpr const char* kServiceNames[] = {"dynsplit.v1.Compression", "dynsplit.v1.Info",
                                          "dynsplit.v1.Sessions", "dynsplit.v1.Memory"};
 constexpr int32_t kDefaultWorkers = 2;
-constexpr absl::Duration kDeviceCheckPeriod = absl::Milliseconds(250);
+// Steps side by side: one is on its way to the device while another returns.
+constexpr int32_t kSelectWorkers = 4;
+constexpr absl::Duration kWatchPeriod = absl::Milliseconds(250);
 constexpr absl::Duration kDrainPollPeriod = absl::Milliseconds(10);
 
 // gRPC would take the socket file of a server that is alive: look first. A file that nobody
@@ -61,7 +65,8 @@ absl::Status CheckUnixSocketFree(const std::string& path) {
 
 // gRPC fixes transport settings per server: same-host and remote listeners are separate ones.
 struct Server::Listener {
-  explicit Listener(Services& services) : compression(services), info(services) {}
+  explicit Listener(Services& services)
+      : compression(services), info(services), sessions(services), memory(services) {}
 
   CompressionService compression;
   InfoService info;
@@ -95,12 +100,30 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
       Executor::Create(*server->backend_, options.workers == 0 ? kDefaultWorkers : options.workers);
   if (!executor.ok()) return executor.status();
   server->executor_ = *std::move(executor);
+  executor = Executor::Create(*server->backend_, kSelectWorkers);
+  if (!executor.ok()) return executor.status();
+  server->selects_ = *std::move(executor);
+  const bool all = options.regions == "all";
+  server->regions_ = std::make_unique<RegionStore>(
+      RegionStore::Options{.allow_shm = all || options.regions == "shm",
+                           .allow_cuda_ipc = all || options.regions == "cuda-ipc",
+                           .max_regions = options.max_regions},
+      *server->backend_);
+  server->sessions_ = std::make_unique<SessionStore>(
+      SessionStore::Options{.max_sessions = options.max_sessions,
+                            .max_device_bytes = options.session_device_bytes,
+                            .max_host_bytes = options.session_host_bytes,
+                            .max_tenant_bytes = options.tenant_session_bytes},
+      *server->backend_);
   server->services_.reset(new Services{.config = options,
                                        .version = std::move(version),
                                        .executor = *server->executor_,
                                        .admission = *server->admission_,
                                        .profiles = *server->profiles_,
-                                       .metrics = *server->metrics_});
+                                       .metrics = *server->metrics_,
+                                       .selects = *server->selects_,
+                                       .regions = *server->regions_,
+                                       .sessions = *server->sessions_});
 
   // Both are switches of the process, for all servers built afterwards.
   static std::once_flag once;
@@ -127,7 +150,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
     }
   }
   server->SetServing(true);
-  server->watcher_ = std::thread([self = server.get()] { self->WatchDevice(); });
+  server->watcher_ = std::thread([self = server.get()] { self->Watch(); });
   return server;
 }
 
@@ -160,6 +183,7 @@ absl::Status Server::Listen(const std::string& address, bool unix_socket) {
     listener->unix_socket = address;
   } else {
     port_ = bound_port;
+    services_->port = bound_port;
   }
   listeners_.push_back(std::move(listener));
   return absl::OkStatus();
@@ -212,8 +236,10 @@ void Server::SetServing(bool serving) {
   }
 }
 
-void Server::WatchDevice() {
-  while (!stopping_.WaitForNotificationWithTimeout(kDeviceCheckPeriod)) {
+void Server::Watch() {
+  while (!stopping_.WaitForNotificationWithTimeout(kWatchPeriod)) {
+    sessions_->Sweep();
+    regions_->Sweep();
     const absl::Status status = backend_->Healthy();
     if (status.ok() || not_serving_) continue;
     Log(LogLevel::kError, "the device has failed",
@@ -229,12 +255,26 @@ absl::Status Server::ReadyStatus() const {
 }
 
 Metrics::Live Server::live() const {
+  const SessionStore::Totals sessions = sessions_->totals();
+  int64_t region_bytes = 0;
+  const std::vector<RegionStore::Info> regions = regions_->List();
+  for (const RegionStore::Info& region : regions) region_bytes += region.byte_size;
   return {.reserved_bytes = admission_->reserved_bytes(),
           .capacity_bytes = config_.max_in_flight_bytes,
           .queue_depth = admission_->queue_depth(),
           .streams = services_->num_streams,
           .device_bytes = backend_->device_bytes_in_use(),
           .host_bytes = backend_->host_bytes_in_use(),
+          .sessions = sessions.num_sessions,
+          .session_device_bytes = sessions.device_bytes,
+          .session_host_bytes = sessions.host_bytes,
+          .sessions_opened = sessions.opened,
+          .sessions_released = sessions.released,
+          .sessions_expired = sessions.expired,
+          .demotions = sessions.demotions,
+          .restorations = sessions.restorations,
+          .regions = static_cast<int64_t>(regions.size()),
+          .region_bytes = region_bytes,
           .device_healthy = backend_->Healthy().ok(),
           .draining = not_serving_};
 }

@@ -47,7 +47,7 @@ class Server {
   absl::Status Listen(const std::string& address, bool unix_socket);
   absl::Status ReadyStatus() const;
   void SetServing(bool serving);
-  void WatchDevice();
+  void Watch();
   void Stop(absl::Duration drain_timeout);
 
   // Constant after Start. Destroyed in reverse: calls, then jobs, then what they use.
@@ -56,7 +56,10 @@ class Server {
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<ProfileStore> profiles_;
   std::unique_ptr<Admission> admission_;
+  std::unique_ptr<RegionStore> regions_;
+  std::unique_ptr<SessionStore> sessions_;
   std::unique_ptr<Executor> executor_;
+  std::unique_ptr<Executor> selects_;
   std::unique_ptr<Services> services_;
   std::unique_ptr<HttpServer> http_;
   std::vector<std::unique_ptr<Listener>> listeners_;

@@ -14,6 +14,8 @@
 #include "server/runtime/executor.h"
 #include "server/runtime/metrics.h"
 #include "server/runtime/profiles.h"
+#include "server/runtime/regions.h"
+#include "server/runtime/sessions.h"
 
 namespace dynsplit::rpc {
 
@@ -25,12 +27,22 @@ struct Services {
   Admission& admission;
   ProfileStore& profiles;
   Metrics& metrics;
+  Executor& selects;  // of decode steps only
+  RegionStore& regions;
+  SessionStore& sessions;
   const absl::Time started = absl::Now();
   std::atomic<int64_t> num_streams = 0;    // compression streams open
   std::atomic<bool> draining = false;      // new requests are refused
   std::atomic<uint64_t> next_request = 1;  // names requests that do not name themselves
 
+  std::atomic<int> port = 0;  // TCP, once it is bound
+
   const BackendInfo& backend() const { return executor.backend().info(); }
+  // Where calls about a session of this server must go.
+  std::string endpoint() const {
+    if (config.listen.empty()) return "unix:" + config.unix_socket;
+    return config.listen.substr(0, config.listen.rfind(':') + 1) + std::to_string(port);
+  }
 };
 
 // What refused requests are told to wait while draining.

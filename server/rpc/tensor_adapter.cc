@@ -299,6 +299,16 @@ absl::Status CheckPlainSize(const v1::TensorDescriptor& descriptor, const Sequen
 
 }  // namespace
 
+absl::StatusOr<DType> DTypeFromProto(v1::DType wire, const std::string& field) {
+  if (wire == v1::DTYPE_UNSPECIFIED) return InvalidField(field, "is missing");
+  DType dtype = DType::kFloat32;
+  absl::Status status = Assign(kDTypes, wire, &v1::DType_IsValid, field, dtype);
+  if (!status.ok()) return status;
+  return dtype;
+}
+
+v1::DType DTypeToProto(DType dtype) { return kDTypes.ToWire(dtype); }
+
 const std::string& TensorKindName(TensorKind kind) {
   static const auto& names = *new std::vector<std::string>([] {
     std::vector<std::string> made(std::size(kKinds.rows));
@@ -344,17 +354,15 @@ absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descri
                                                          shape.num_layers, ")"));
     }
   }
-  if (descriptor.has_location() &&
-      descriptor.location().where_case() != v1::Location::WHERE_NOT_SET) {
+  if (descriptor.location().where_case() == v1::Location::kSessionId) {
     return WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_LOCATION",
-                      field + ".location: this server takes tensors in the stream only");
+                      field +
+                          ".location.session_id: this server takes tensors from the stream or "
+                          "a region; Sessions.Fetch reads those of a session");
   }
-  if (descriptor.dtype() == v1::DTYPE_UNSPECIFIED) {
-    return InvalidField(field + ".dtype", "is missing");
-  }
-  DType dtype = DType::kFloat32;
-  status = Assign(kDTypes, descriptor.dtype(), &v1::DType_IsValid, field + ".dtype", dtype);
-  if (!status.ok()) return status;
+  const absl::StatusOr<DType> stated = DTypeFromProto(descriptor.dtype(), field + ".dtype");
+  if (!stated.ok()) return stated.status();
+  const DType dtype = *stated;
   if (status = CheckDType(tensor.kind, dtype, field); !status.ok()) return status;
   if (descriptor.byte_size() < 1 || descriptor.byte_size() > kMaxTensorBytes) {
     return InvalidField(

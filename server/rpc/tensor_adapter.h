@@ -25,7 +25,8 @@ struct DecodedTensor {
 
 // Checks one descriptor by itself against the shape. `field` is its path ("tensors[3]").
 //   INVALID_ARGUMENT  kind, layer, dtype, sizes, strides, overlap, extent
-//   UNIMPLEMENTED     int4, locations outside the stream, evidence no policy of this server reads
+//   UNIMPLEMENTED     int4, locations in sessions, evidence no policy of this server reads
+// Regions are looked up by the caller, who knows them (begin_adapter).
 // Scales are sized where they are paired with their data (begin_adapter).
 absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descriptor,
                                               const SequenceShape& shape, const std::string& field);
@@ -33,6 +34,9 @@ absl::StatusOr<DecodedTensor> TensorFromProto(const v1::TensorDescriptor& descri
 // Descriptor of a tensor of a response.
 v1::TensorDescriptor TensorToProto(const ResultTensor& tensor, uint32_t id,
                                    std::optional<int32_t> layer);
+
+absl::StatusOr<DType> DTypeFromProto(v1::DType dtype, const std::string& field);
+v1::DType DTypeToProto(DType dtype);
 
 std::optional<TensorKind> TensorKindFromProto(v1::TensorKind kind);
 const std::string& TensorKindName(TensorKind kind);  // "KEY", "TOKEN_IDS", ...

@@ -41,7 +41,7 @@ Admission::~Admission() {
 }
 
 Admission::Ticket Admission::Request(const std::string& tenant, int64_t bytes, absl::Time deadline,
-                                     Callback callback) {
+                                     Callback callback, Draining draining) {
   Answers answers;
   Ticket ticket = 0;
   {
@@ -50,7 +50,7 @@ Admission::Ticket Admission::Request(const std::string& tenant, int64_t bytes, a
     const absl::Time now = absl::Now();
     const bool fits_now = tenants_.empty() && bytes <= options_.capacity_bytes - reserved_bytes_;
     absl::Status refusal;
-    if (drain_retry_after_ms_ >= 0) {
+    if (drain_retry_after_ms_ >= 0 && draining == Draining::kRefuse) {
       refusal = RetryLater(absl::StatusCode::kUnavailable, "the server is draining",
                            drain_retry_after_ms_);
     } else if (bytes > options_.capacity_bytes) {
@@ -76,7 +76,8 @@ Admission::Ticket Admission::Request(const std::string& tenant, int64_t bytes, a
         place = std::prev(tenants_.end());
       }
       const absl::Time expiry = std::min(deadline, now + options_.queue_timeout);
-      place->waiters.push_back({ticket, bytes, now, deadline, expiry, std::move(callback)});
+      place->waiters.push_back(
+          {ticket, bytes, now, deadline, expiry, std::move(callback), draining});
       ++queue_depth_;
       Grant(answers);
       timer_wakeup_.Signal();
@@ -111,14 +112,21 @@ void Admission::Drain(int64_t retry_after_ms) {
     absl::MutexLock lock(&mu_);
     drain_retry_after_ms_ = retry_after_ms;
     for (Tenant& tenant : tenants_) {
+      std::deque<Waiter> stay;
       for (Waiter& waiter : tenant.waiters) {
+        if (waiter.draining == Draining::kAdmit) {
+          stay.push_back(std::move(waiter));
+          continue;
+        }
+        --queue_depth_;
         answers.push_back(
             {std::move(waiter.callback),
              RetryLater(absl::StatusCode::kUnavailable, "the server is draining", retry_after_ms)});
       }
+      tenant.waiters = std::move(stay);
     }
-    tenants_.clear();
-    queue_depth_ = 0;
+    std::erase_if(tenants_, [](const Tenant& tenant) { return tenant.waiters.empty(); });
+    Grant(answers);
   }
   Deliver(std::move(answers));
 }

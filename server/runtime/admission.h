@@ -69,10 +69,12 @@ class Admission {
   //                       whole capacity (reason REQUEST_TOO_LARGE, no hint: retrying is no use)
   //   DEADLINE_EXCEEDED   `deadline` came first
   //   UNAVAILABLE         draining
-  Ticket Request(const std::string& tenant, int64_t bytes, absl::Time deadline, Callback callback);
+  enum class Draining : uint8_t { kRefuse, kAdmit };
+  Ticket Request(const std::string& tenant, int64_t bytes, absl::Time deadline, Callback callback,
+                 Draining draining = Draining::kRefuse);
   // The waiting request's callback gets CANCELLED. No effect on answered tickets.
   void Cancel(Ticket ticket);
-  // Waiting and new requests get UNAVAILABLE.
+  // Waiting and new requests get UNAVAILABLE, but for those that finish what is begun.
   void Drain(int64_t retry_after_ms);
 
   int64_t reserved_bytes() const;
@@ -87,6 +89,7 @@ class Admission {
     absl::Time deadline;  // of the caller
     absl::Time expiry;    // min(deadline, since + queue_timeout)
     Callback callback;
+    Draining draining = Draining::kRefuse;
   };
   struct Tenant {
     std::string name;

@@ -105,6 +105,16 @@ std::vector<ConfigOption> MakeOptions() {
       Bytes32("max-message-bytes", &C::max_message_bytes, "one gRPC message, bytes"),
       Bytes32("max-chunk-bytes", &C::max_chunk_bytes, "data of one chunk, bytes"),
       Bytes("max-total-tensors", &C::max_total_tensors, "tensor descriptors of one request"),
+      Int32("max-sessions", &C::max_sessions, "sequences kept as sessions at a time"),
+      Bytes("session-device-memory", &C::session_device_bytes,
+            "cap of all sessions' device memory, bytes; 0 = as device-memory"),
+      Bytes("session-host-memory", &C::session_host_bytes,
+            "cap of all sessions' pinned host memory, bytes; 0 = as pinned-memory"),
+      Bytes("tenant-session-bytes", &C::tenant_session_bytes,
+            "cap of one tenant's sessions, device and host together, bytes; 0 = none"),
+      Text("regions", &C::regions,
+           "memory that clients on this host may register: none, shm, cuda-ipc or all"),
+      Int32("max-regions", &C::max_regions, "regions of memory registered at a time"),
       Duration("drain-timeout", &C::drain_timeout, "time for requests in flight after SIGTERM"),
       Duration("pre-stop-delay", &C::pre_stop_delay,
                "time between turning not ready and refusing new requests"),
@@ -245,6 +255,11 @@ absl::Status ValidateConfig(const ServerConfig& config) {
        {config.max_message_bytes, config.max_chunk_bytes + (1 << 16), 64 << 20}},
       {"max-total-tensors", {config.max_total_tensors, 8, 1 << 20}},
       {"max-profiles", {config.max_profiles, 0, 1 << 16}},
+      {"max-sessions", {config.max_sessions, 0, 1 << 20}},
+      {"session-device-memory", {config.session_device_bytes, 0, kMost}},
+      {"session-host-memory", {config.session_host_bytes, 0, kMost}},
+      {"tenant-session-bytes", {config.tenant_session_bytes, 0, kMost}},
+      {"max-regions", {config.max_regions, 0, 1 << 16}},
   };
   for (const auto& [name, range] : ranges) {
     if (absl::Status status = CheckRange(name, range[0], range[1], range[2]); !status.ok()) {
@@ -265,6 +280,11 @@ absl::Status ValidateConfig(const ServerConfig& config) {
   if (config.backend != "auto" && config.backend != "cpu" && config.backend != "cuda") {
     return absl::InvalidArgumentError(
         absl::StrCat("option backend is '", config.backend, "'; must be auto, cpu or cuda"));
+  }
+  if (config.regions != "none" && config.regions != "shm" && config.regions != "cuda-ipc" &&
+      config.regions != "all") {
+    return absl::InvalidArgumentError(absl::StrCat("option regions is '", config.regions,
+                                                   "'; must be none, shm, cuda-ipc or all"));
   }
   if (config.log_level != "debug" && config.log_level != "info" && config.log_level != "warning" &&
       config.log_level != "error") {

@@ -40,6 +40,14 @@ struct ServerConfig {
   int32_t max_chunk_bytes = 3 << 20;                 // data of one chunk
   int64_t max_total_tensors = 16384;                 // descriptors of one request
 
+  int32_t max_sessions = 1024;       // sequences kept at a time
+  int64_t session_device_bytes = 0;  // cap of all sessions on the device; 0 = device_memory_bytes'
+  int64_t session_host_bytes = 0;    // cap of all in pinned host memory; 0 = pinned_memory_bytes'
+  int64_t tenant_session_bytes = 0;  // cap of one tenant's sessions, wherever; 0 = none
+
+  std::string regions = "none";  // memory that clients may register: none, shm, cuda-ipc or all
+  int32_t max_regions = 256;     // registered at a time
+
   absl::Duration drain_timeout = absl::Seconds(30);  // for requests in flight after SIGTERM
   absl::Duration pre_stop_delay;  // between "not serving" and refusing new requests; 0 s
 

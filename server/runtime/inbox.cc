@@ -15,6 +15,11 @@ Inbox::Inbox(std::span<const RequestTensor> tensors, int32_t num_layers, int32_t
   index_of_id_.reserve(tensors.size());
   for (size_t i = 0; i < tensors.size(); ++i) {
     index_of_id_.emplace(tensors[i].id, i);
+    if (tensors[i].located()) {
+      received_bytes_[i] = tensors[i].byte_size;
+      continue;
+    }
+    ++num_streamed_;
     if (tensors[i].layer == RequestTensor::kWholeSequence) {
       ++num_sequence_missing_;
     } else {
@@ -35,6 +40,10 @@ absl::StatusOr<size_t> Inbox::Check(const Chunk& chunk) const {
   const RequestTensor& tensor = tensors_[found->second];
   const auto received = static_cast<uint64_t>(received_bytes_[found->second]);
   const auto total = static_cast<uint64_t>(tensor.byte_size);
+  if (tensor.located()) {
+    return InvalidField("tensor",
+                        absl::StrCat("is ", chunk.tensor, "; that tensor is in a region"));
+  }
   if (received == total) {
     return InvalidField("tensor",
                         absl::StrCat("is ", chunk.tensor, "; that tensor is complete already"));
@@ -84,12 +93,11 @@ void Inbox::Add(size_t tensor_index, const Chunk& chunk) {
 }
 
 absl::Status Inbox::CheckEnd(int64_t num_tensors) const {
-  const auto declared = static_cast<int64_t>(tensors_.size());
-  if (num_tensors != declared) {
-    return InvalidField("end.num_tensors",
-                        absl::StrCat("is ", num_tensors, "; begin.tensors has ", declared));
+  if (num_tensors != num_streamed_) {
+    return InvalidField("end.num_tensors", absl::StrCat("is ", num_tensors, "; begin.tensors has ",
+                                                        num_streamed_, " that are streamed"));
   }
-  if (num_complete_ == declared) return absl::OkStatus();
+  if (num_complete_ == num_streamed_) return absl::OkStatus();
   for (size_t i = 0; i < tensors_.size(); ++i) {
     if (received_bytes_[i] == tensors_[i].byte_size) continue;
     return InvalidField(tensors_[i].field, absl::StrCat("ended after ", received_bytes_[i], " of ",

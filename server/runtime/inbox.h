@@ -30,6 +30,7 @@ struct Chunk {
 // Not thread-safe.
 class Inbox {
  public:
+  // Tensors in regions are complete from the start.
   // Requires: ids unique, layers in [0, num_layers) or kWholeSequence, sizes > 0. `tensors` must
   // outlive the inbox.
   Inbox(std::span<const RequestTensor> tensors, int32_t num_layers, int32_t max_open_layers);
@@ -60,6 +61,7 @@ class Inbox {
   std::vector<int32_t> num_missing_;     // per layer: tensors not complete
   int64_t num_sequence_missing_ = 0;
   int64_t num_complete_ = 0;
+  int64_t num_streamed_ = 0;  // tensors that arrive as chunks
   int32_t lowest_incomplete_layer_ = 0;
 };
 

@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
+#include "server/runtime/host_finite.h"
 
 namespace dynsplit {
 namespace {
@@ -18,8 +19,20 @@ int64_t AlignUp(int64_t bytes) {
   return (bytes + kStageAlignmentBytes - 1) / kStageAlignmentBytes * kStageAlignmentBytes;
 }
 
+// Read by operations only, and large.
+bool IsBulk(TensorKind kind) {
+  return kind == TensorKind::kKey || kind == TensorKind::kValue || kind == TensorKind::kKeyValue ||
+         kind == TensorKind::kQueries;
+}
+
 const char* KindName(TensorKind kind) {
   switch (kind) {
+    case TensorKind::kKey:
+      return "KEY";
+    case TensorKind::kValue:
+      return "VALUE";
+    case TensorKind::kKeyValue:
+      return "KEY_VALUE";
     case TensorKind::kKeyScales:
       return "KEY_SCALES";
     case TensorKind::kValueScales:
@@ -139,8 +152,12 @@ int64_t MostKept(const SequenceSpec& spec) {
 StagePlan PlanStage(std::span<const RequestTensor> tensors, int32_t layer) {
   StagePlan plan;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    if (tensors[i].layer != layer) continue;
+    if (tensors[i].layer != layer && layer != StagePlan::kEverything) continue;
     plan.tensors.push_back(i);
+    if (tensors[i].located() && IsBulk(tensors[i].kind)) {
+      plan.offset_bytes.push_back(StagePlan::kNotStaged);
+      continue;
+    }
     plan.offset_bytes.push_back(plan.byte_size);
     plan.byte_size = AlignUp(plan.byte_size + tensors[i].byte_size);
   }
@@ -160,6 +177,7 @@ std::span<const std::byte> HostBytes(std::span<const RequestTensor> tensors, con
 absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, const Stage& stage) {
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
     const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
+    if (plan.offset_bytes[i] == StagePlan::kNotStaged) continue;
     const std::byte* data = stage.host->data() + plan.offset_bytes[i];
     const auto count = static_cast<size_t>(tensor.byte_size / 4);
     absl::Status status;
@@ -183,21 +201,61 @@ absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, co
   return absl::OkStatus();
 }
 
-absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t layer,
-                                           const StagePlan& plan, Stage& stage,
-                                           const int32_t* block_table, Backend& backend,
-                                           Stream& stream) {
+absl::Status FillStage(const RequestSpec& spec, const StagePlan& plan, const Stage& stage,
+                       Backend& backend, Stream& stream) {
+  bool copied = false;
+  absl::Status status;
+  for (size_t i = 0; i < plan.tensors.size() && status.ok(); ++i) {
+    const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
+    if (!tensor.located() || plan.offset_bytes[i] == StagePlan::kNotStaged) continue;
+    status = backend.Copy(stage.host->data() + plan.offset_bytes[i], tensor.place.data,
+                          tensor.byte_size, stream);
+    copied = true;
+  }
+  if (copied) status.Update(stream.Synchronize());
+  return status;
+}
+
+absl::Status StageToDevice(const RequestSpec& spec, const StagePlan& plan, Stage& stage,
+                           Backend& backend, Stream& stream) {
+  if (stage.host != nullptr) {
+    absl::StatusOr<Buffer> device = backend.ToDevice(*stage.host, stream);
+    if (!device.ok()) return device.status();
+    stage.device = *std::move(device);
+  }
+  stage.located.resize(plan.tensors.size());
+  if (backend.info().name == "cpu") return absl::OkStatus();  // all memory is the device's
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
+    if (plan.offset_bytes[i] != StagePlan::kNotStaged ||
+        tensor.place.region->kind() == Region::Kind::kDevice) {
+      continue;
+    }
+    absl::StatusOr<Buffer> copy = backend.Allocate(tensor.byte_size, stream);
+    if (!copy.ok()) return copy.status();
+    stage.located[i] = *std::move(copy);
+    absl::Status status =
+        backend.Copy(stage.located[i].data(), tensor.place.data, tensor.byte_size, stream);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+LayerTensors LayerViews(const RequestSpec& spec, int32_t layer, const StagePlan& plan,
+                        const Stage& stage, const int32_t* block_table) {
   LayerTensors tensors;
   tensors.layer = layer;
-  if (plan.tensors.empty()) return tensors;
-  absl::StatusOr<Buffer> device = backend.ToDevice(*stage.host, stream);
-  if (!device.ok()) return device.status();
-  stage.device = *std::move(device);
   const float* key_scales = nullptr;
   const float* value_scales = nullptr;
   for (size_t i = 0; i < plan.tensors.size(); ++i) {
     const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
-    const std::byte* data = stage.device.data() + plan.offset_bytes[i];
+    if (tensor.layer != layer) continue;
+    const std::byte* data = tensor.place.data;
+    if (plan.offset_bytes[i] != StagePlan::kNotStaged) {
+      data = stage.device.data() + plan.offset_bytes[i];
+    } else if (!stage.located[i].empty()) {
+      data = stage.located[i].data();
+    }
     TensorView view = tensor.view;
     view.data = data;
     if (view.page_size > 0) view.block_table = block_table;
@@ -237,6 +295,27 @@ absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t laye
   tensors.values.scales = value_scales;
   tensors.values.scale_granularity = spec.sequence.input_scale_granularity;
   return tensors;
+}
+
+absl::Status CheckStageFinite(const RequestSpec& spec, const StagePlan& plan, const Stage& stage) {
+  for (size_t i = 0; i < plan.tensors.size(); ++i) {
+    const RequestTensor& tensor = spec.tensors[plan.tensors[i]];
+    if (!IsBulk(tensor.kind)) continue;
+    if (plan.offset_bytes[i] == StagePlan::kNotStaged || tensor.view.page_size > 0) {
+      return absl::UnimplementedError("not in the stage");
+    }
+    const bool packed = tensor.kind == TensorKind::kKeyValue;
+    for (int part = 0; part < (packed ? 2 : 1); ++part) {
+      TensorView view = tensor.view;
+      view.data = stage.host->data() + plan.offset_bytes[i] + part * tensor.value_offset_bytes;
+      const int64_t token = FirstNotFinite(view);
+      if (token == view.num_tokens) continue;
+      return InvalidField(tensor.field,
+                          absl::StrCat(KindName(tensor.kind), " of layer ", tensor.layer,
+                                       " has a value that is not finite at token ", token));
+    }
+  }
+  return absl::OkStatus();
 }
 
 ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values) {
@@ -328,26 +407,32 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
   const SequenceShape& shape = sequence.shape;
   std::vector<int64_t> layer_bytes(static_cast<size_t>(shape.num_layers));
   int64_t sequence_bytes = 0;
+  const int64_t copies = device_has_own_memory ? 2 : 1;
   for (const RequestTensor& tensor : spec.tensors) {
     int64_t& bytes = tensor.layer == RequestTensor::kWholeSequence
                          ? sequence_bytes
                          : layer_bytes[static_cast<size_t>(tensor.layer)];
-    bytes += AlignUp(tensor.byte_size);
+    // Bulk in regions has no stage, and at most the device's copy.
+    const bool staged = !(tensor.located() && IsBulk(tensor.kind));
+    bytes += (staged ? copies : copies - 1) * AlignUp(tensor.byte_size);
   }
   const int64_t input = *std::max_element(layer_bytes.begin(), layer_bytes.end());
   int64_t output = 0;
-  if (spec.method == Method::kCompress || spec.method == Method::kApply) {
-    const int64_t kept =
-        spec.shadow || spec.method == Method::kApply ? shape.num_tokens : MostKept(sequence);
+  if (spec.method == Method::kCompress || spec.method == Method::kApply ||
+      spec.method == Method::kFetch) {
+    const bool bounded = spec.method == Method::kCompress && !spec.shadow;
+    const int64_t kept = bounded ? MostKept(sequence) : shape.num_tokens;
     output = LayerOutputBytes(sequence, kept, shape.num_tokens);
     if (sequence.policy.transform == Transform::kEvict) {
       output = LayerOutputBytes(sequence, kept, 0);
     }
     if (spec.shadow) output *= 2;
   }
-  const int64_t scores = 2 * int64_t{4} * shape.num_kv_heads * shape.num_tokens;
-  const int64_t copies = device_has_own_memory ? 2 : 1;
-  return copies * (sequence_bytes + MaxLayersInFlight(spec) * (input + output + scores));
+  const bool scored = spec.method != Method::kOpen && spec.method != Method::kAppend &&
+                      spec.method != Method::kFetch;
+  const int64_t scores = scored ? 2 * int64_t{4} * shape.num_kv_heads * shape.num_tokens : 0;
+  return std::max<int64_t>(
+      1, sequence_bytes + MaxLayersInFlight(spec) * (input + copies * (output + scores)));
 }
 
 }  // namespace dynsplit

@@ -17,8 +17,11 @@
 
 namespace dynsplit {
 
-// Tensors that are staged together: those of one layer, or those of the whole sequence.
+// Tensors that are staged together: those of one layer, those of the whole sequence, or all.
 struct StagePlan {
+  static constexpr int32_t kEverything = -2;  // as a layer
+  static constexpr int64_t kNotStaged = -1;   // bulk in a region: used there, or copied from there
+
   std::vector<size_t> tensors;        // indices into RequestSpec::tensors
   std::vector<int64_t> offset_bytes;  // of each in the stage, 64-byte aligned
   int64_t byte_size = 0;
@@ -26,10 +29,11 @@ struct StagePlan {
 StagePlan PlanStage(std::span<const RequestTensor> tensors, int32_t layer);
 
 // Host staging memory of one StagePlan, and its device copy once made. Host memory is shared with
-// whoever copies into it.
+// whoever copies into it; null where nothing is staged.
 struct Stage {
   std::shared_ptr<Buffer> host;
   Buffer device;
+  std::vector<Buffer> located;  // device copies of bulk in host regions, by place in the plan
 };
 
 // Host bytes of a tensor of the stage, or empty when the stage has none of that kind.
@@ -42,16 +46,26 @@ std::span<const T> HostValues(std::span<const RequestTensor> tensors, const Stag
   return {reinterpret_cast<const T*>(bytes.data()), bytes.size() / sizeof(T)};
 }
 
+// Copies into the stage what lies in regions and is read on the host. Complete when it returns.
+absl::Status FillStage(const RequestSpec& spec, const StagePlan& plan, const Stage& stage,
+                       Backend& backend, Stream& stream);
+
 // Refuses, on the host, what devices cannot see: scales that are not finite and > 0, evidence that
 // is not finite, token ids < 0, pages out of range, query positions out of order.
 absl::Status CheckStageValues(const RequestSpec& spec, const StagePlan& plan, const Stage& stage);
 
-// Copies the stage to the device and lays views over it. `block_table` is on the device, null
-// unless paged. Views are valid while `stage` is.
-absl::StatusOr<LayerTensors> StageToDevice(const RequestSpec& spec, int32_t layer,
-                                           const StagePlan& plan, Stage& stage,
-                                           const int32_t* block_table, Backend& backend,
-                                           Stream& stream);
+// Copies the stage to the device.
+absl::Status StageToDevice(const RequestSpec& spec, const StagePlan& plan, Stage& stage,
+                           Backend& backend, Stream& stream);
+
+// Views of one layer's tensors over the device's copy. `block_table` is on the device, null unless
+// paged. Valid while `stage` is.
+LayerTensors LayerViews(const RequestSpec& spec, int32_t layer, const StagePlan& plan,
+                        const Stage& stage, const int32_t* block_table);
+
+// CheckLayerFinite of every layer where all is in the stage's host memory: without the device.
+// UNIMPLEMENTED where something is not.
+absl::Status CheckStageFinite(const RequestSpec& spec, const StagePlan& plan, const Stage& stage);
 
 // What leaves of a layer. Consumes the pages; complete when it returns.
 absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,

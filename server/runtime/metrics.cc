@@ -19,6 +19,19 @@ const prometheus::Histogram::BucketBoundaries& SecondsBuckets() {
   return buckets;
 }
 
+// A decode step is short: a Select is meant to take tens of microseconds.
+const prometheus::Histogram::BucketBoundaries& SelectBuckets() {
+  static const auto& buckets = *new prometheus::Histogram::BucketBoundaries{
+      1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4, 3.2e-4, 6.4e-4, 1.28e-3, 2.56e-3, 5.12e-3, 0.01, 0.1, 1};
+  return buckets;
+}
+
+// What is counted elsewhere is carried over when it is read.
+void CatchUp(prometheus::Counter& counter, int64_t total) {
+  const double behind = static_cast<double>(total) - counter.Value();
+  if (behind > 0) counter.Increment(behind);
+}
+
 const prometheus::Histogram::BucketBoundaries& ShareBuckets() {
   static const auto& buckets = *new prometheus::Histogram::BucketBoundaries{
       0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999};
@@ -97,6 +110,42 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
                               "Receipt of one request: relative error of the attention output, "
                               "mean over heads and layers.")
                       .Add({}, ShareBuckets())),
+      select_total_(HistogramOf(registry_, "dynsplit_select_duration_seconds",
+                                "Wall clock of one Select in the server.")
+                        .Add({}, SelectBuckets())),
+      select_device_(HistogramOf(registry_, "dynsplit_select_device_seconds",
+                                 "Of one Select: from the first launch to the last result.")
+                         .Add({}, SelectBuckets())),
+      selected_tokens_(CounterOf(registry_, "dynsplit_selected_tokens_total",
+                                 "Tokens x groups x layers that Selects chose.")
+                           .Add({})),
+      moved_rows_(CounterOf(registry_, "dynsplit_moved_rows_total",
+                            "Rows x KV heads x layers that moved to callers that reuse rows.")
+                      .Add({})),
+      chosen_rows_(CounterOf(registry_, "dynsplit_chosen_rows_total",
+                             "Rows x KV heads x layers that such callers read.")
+                       .Add({})),
+      appended_tokens_(CounterOf(registry_, "dynsplit_appended_tokens_total",
+                                 "Tokens x layers x KV heads appended to sessions.")
+                           .Add({})),
+      sessions_opened_(
+          CounterOf(registry_, "dynsplit_sessions_opened_total", "Sessions opened.").Add({})),
+      sessions_ended_(CounterOf(registry_, "dynsplit_sessions_ended_total",
+                                "Sessions that ended, by how (released, expired).")),
+      demotions_(CounterOf(registry_, "dynsplit_session_demotions_total",
+                           "Moves of a session's K and V from device to host memory.")
+                     .Add({})),
+      restorations_(CounterOf(registry_, "dynsplit_session_restorations_total",
+                              "Moves of a session's K and V back to device memory.")
+                        .Add({})),
+      sessions_(GaugeOf(registry_, "dynsplit_sessions", "Sessions of this process.").Add({})),
+      session_bytes_(GaugeOf(registry_, "dynsplit_session_bytes",
+                             "Memory of all sessions of this process, by place.")),
+      regions_(
+          GaugeOf(registry_, "dynsplit_regions", "Regions of memory that clients have registered.")
+              .Add({})),
+      region_bytes_(
+          GaugeOf(registry_, "dynsplit_region_bytes", "Size of those regions together.").Add({})),
       reserved_bytes_(GaugeOf(registry_, "dynsplit_in_flight_bytes",
                               "Memory reserved by admitted requests of this process.")
                           .Add({})),
@@ -128,6 +177,8 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
     rejected_.Add({{"reason", reason}});
   }
   for (const char* pool : {"device", "host"}) memory_bytes_.Add({{"pool", pool}});
+  for (const char* place : {"device", "host"}) session_bytes_.Add({{"place", place}});
+  for (const char* how : {"released", "expired"}) sessions_ended_.Add({{"how", how}});
 }
 
 void Metrics::Finished(const CallRecord& call) {
@@ -166,6 +217,14 @@ void Metrics::Returned(const ResultRecord& result) {
   ObserveMeasured(error_mean_, result.error_mean);
 }
 
+void Metrics::Selected(const SelectRecord& select) {
+  select_total_.Observe(select.total_seconds);
+  select_device_.Observe(select.device_seconds);
+  selected_tokens_.Increment(static_cast<double>(select.selected_tokens));
+  moved_rows_.Increment(static_cast<double>(select.moved_rows));
+  chosen_rows_.Increment(static_cast<double>(select.chosen_rows));
+}
+
 void Metrics::Rejected(std::string_view reason) {
   rejected_.Add({{"reason", std::string(reason)}}).Increment();
 }
@@ -181,6 +240,16 @@ std::string Metrics::Text(const Live& live) {
   streams_.Set(static_cast<double>(live.streams));
   memory_bytes_.Add({{"pool", "device"}}).Set(static_cast<double>(live.device_bytes));
   memory_bytes_.Add({{"pool", "host"}}).Set(static_cast<double>(live.host_bytes));
+  CatchUp(sessions_opened_, live.sessions_opened);
+  CatchUp(sessions_ended_.Add({{"how", "released"}}), live.sessions_released);
+  CatchUp(sessions_ended_.Add({{"how", "expired"}}), live.sessions_expired);
+  CatchUp(demotions_, live.demotions);
+  CatchUp(restorations_, live.restorations);
+  sessions_.Set(static_cast<double>(live.sessions));
+  session_bytes_.Add({{"place", "device"}}).Set(static_cast<double>(live.session_device_bytes));
+  session_bytes_.Add({{"place", "host"}}).Set(static_cast<double>(live.session_host_bytes));
+  regions_.Set(static_cast<double>(live.regions));
+  region_bytes_.Set(static_cast<double>(live.region_bytes));
   device_healthy_.Set(live.device_healthy ? 1 : 0);
   draining_.Set(live.draining ? 1 : 0);
   return prometheus::TextSerializer().Serialize(registry_.Collect());

@@ -42,12 +42,23 @@ struct ResultRecord {
   bool shadow = false;
 };
 
+// One Select that answered.
+struct SelectRecord {
+  double total_seconds = 0, device_seconds = 0;
+  int64_t selected_tokens = 0;              // tokens x groups x layers
+  int64_t moved_rows = 0, chosen_rows = 0;  // of callers that reuse rows
+};
+
 class Metrics {
  public:
   // Values read when /metrics is scraped.
   struct Live {
     int64_t reserved_bytes = 0, capacity_bytes = 0, queue_depth = 0, streams = 0;
     int64_t device_bytes = 0, host_bytes = 0;
+    int64_t sessions = 0, session_device_bytes = 0, session_host_bytes = 0;
+    int64_t sessions_opened = 0, sessions_released = 0, sessions_expired = 0;
+    int64_t demotions = 0, restorations = 0;
+    int64_t regions = 0, region_bytes = 0;
     bool device_healthy = true, draining = false;
   };
 
@@ -59,6 +70,9 @@ class Metrics {
   void Rejected(std::string_view reason);
   void Cancelled(std::string_view phase);  // "queue", "receive", "send"
   void ChecksumFailed() { checksum_failures_.Increment(); }
+  void Selected(const SelectRecord& select);
+  // Tokens x layers x KV heads.
+  void Appended(int64_t tokens) { appended_tokens_.Increment(static_cast<double>(tokens)); }
   void Waited(double seconds) { queue_wait_.Observe(seconds); }
 
   // Prometheus text exposition, version 0.0.4.
@@ -90,6 +104,20 @@ class Metrics {
   prometheus::Histogram& mass_mean_;
   prometheus::Histogram& mass_min_;
   prometheus::Histogram& error_mean_;
+  prometheus::Histogram& select_total_;
+  prometheus::Histogram& select_device_;
+  prometheus::Counter& selected_tokens_;
+  prometheus::Counter& moved_rows_;
+  prometheus::Counter& chosen_rows_;
+  prometheus::Counter& appended_tokens_;
+  prometheus::Counter& sessions_opened_;
+  CounterFamily& sessions_ended_;
+  prometheus::Counter& demotions_;
+  prometheus::Counter& restorations_;
+  prometheus::Gauge& sessions_;
+  GaugeFamily& session_bytes_;
+  prometheus::Gauge& regions_;
+  prometheus::Gauge& region_bytes_;
   prometheus::Gauge& reserved_bytes_;
   prometheus::Gauge& capacity_bytes_;
   prometheus::Gauge& queue_depth_;

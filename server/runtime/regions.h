@@ -44,7 +44,7 @@ class Region {
   Region& operator=(const Region&) = delete;
 
   Kind kind() const { return kind_; }
-  // What operations take, wherever it lies.
+  // What operations take, wherever it lies; of kHost, the host's own address too.
   std::byte* data() const { return data_; }
   int64_t size_bytes() const { return size_bytes_; }
   bool writable() const { return writable_; }
@@ -112,12 +112,15 @@ class RegionStore {
   bool enabled() const { return options_.allow_shm || options_.allow_cuda_ipc; }
 
  private:
+  using Identity = std::pair<uint64_t, uint64_t>;  // device and inode of a shared memory object
   struct Entry {
     Registration registration;
+    Identity identity;
     uint64_t generation = 0;
     absl::Time expiry;
     std::shared_ptr<const Region> region;
   };
+  static absl::StatusOr<Identity> IdentityOf(const Registration& registration);
   absl::StatusOr<std::shared_ptr<const Region>> MapShm(const Registration& registration);
   absl::StatusOr<std::shared_ptr<const Region>> MapCuda(const Registration& registration);
 

@@ -2,15 +2,41 @@
 #include "server/runtime/request.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "absl/time/clock.h"
 
 namespace dynsplit {
+namespace {
+
+// Up to here a job and a wait for the device cost more than moving the bytes.
+constexpr int64_t kTogetherBytes = int64_t{4} << 20;
+
+Session* StoredSession(const RequestSpec& spec) {
+  return spec.method == Method::kAppend ? spec.session.get() : spec.opened.get();
+}
+
+std::vector<int32_t> WantedLayers(const RequestSpec& spec) {
+  if (spec.method == Method::kFetch) return spec.fetch_layers;
+  std::vector<int32_t> layers(static_cast<size_t>(spec.sequence.shape.num_layers));
+  std::iota(layers.begin(), layers.end(), 0);
+  return layers;
+}
+
+bool StoresTogether(const RequestSpec& spec) {
+  if (spec.method != Method::kOpen && spec.method != Method::kAppend) return false;
+  int64_t bytes = 0;
+  for (const RequestTensor& tensor : spec.tensors) bytes += tensor.byte_size;
+  return bytes <= kTogetherBytes;
+}
+
+}  // namespace
 
 absl::StatusOr<std::shared_ptr<Request>> Request::Create(RequestSpec spec, Executor& executor,
                                                          Reservation reservation,
                                                          std::shared_ptr<ResultSink> sink) {
+  SessionUse appending = std::move(spec.appending);
   std::shared_ptr<Request> request(
       new Request(std::move(spec), executor, std::move(reservation), std::move(sink)));
   if (request->sequence_plan_.byte_size > 0) {
@@ -20,9 +46,16 @@ absl::StatusOr<std::shared_ptr<Request>> Request::Create(RequestSpec spec, Execu
     request->sequence_stage_.host = std::make_shared<Buffer>(*std::move(host));
   }
   absl::MutexLock lock(&request->mu_);
-  request->Launch();
+  request->appending_ = std::move(appending);
   return request;
 }
+
+void Request::Start() {
+  absl::MutexLock lock(&mu_);
+  Launch();
+}
+
+Request::~Request() { AbandonStore(); }
 
 Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
                  std::shared_ptr<ResultSink> sink)
@@ -30,7 +63,11 @@ Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
       executor_(executor),
       sink_(std::move(sink)),
       reservation_(std::move(reservation)),
-      sequence_plan_(PlanStage(spec_.tensors, RequestTensor::kWholeSequence)),
+      stored_(StoredSession(spec_)),
+      wanted_(WantedLayers(spec_)),
+      together_(StoresTogether(spec_)),
+      sequence_plan_(PlanStage(spec_.tensors,
+                               together_ ? StagePlan::kEverything : RequestTensor::kWholeSequence)),
       inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers),
       layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
@@ -56,6 +93,11 @@ bool Request::global() const {
          (spec_.method == Method::kCompress || spec_.method == Method::kPlan);
 }
 
+bool Request::returns_layers() const {
+  return spec_.method != Method::kCalibrate && spec_.method != Method::kOpen &&
+         spec_.method != Method::kAppend;
+}
+
 bool Request::ordered() const { return global() || spec_.method == Method::kCalibrate; }
 
 absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
@@ -67,7 +109,7 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
   const int32_t layer = spec_.tensors[*index].layer;
   const StagePlan* plan = &sequence_plan_;
   Stage* stage = &sequence_stage_;
-  if (layer != RequestTensor::kWholeSequence) {
+  if (layer != RequestTensor::kWholeSequence && !together()) {
     LayerState& state = layers_[static_cast<size_t>(layer)];
     plan = &state.plan;
     stage = &state.stage;
@@ -103,6 +145,7 @@ absl::Status Request::End(int64_t num_tensors) {
     absl::MutexLock lock(&mu_);
     if (absl::Status status = inbox_.CheckEnd(num_tensors); !status.ok()) return status;
     ended_ = true;
+    Launch();
   }
   Deliver();
   return absl::OkStatus();
@@ -135,11 +178,14 @@ void Request::Stop() {
   // Freed outside the lock.
   std::vector<Stage> stages;
   std::map<int32_t, ComputedLayer> outputs;
-  absl::MutexLock lock(&mu_);
-  stopped_.store(true, std::memory_order_relaxed);
-  finished_ = true;
-  for (LayerState& layer : layers_) stages.push_back(std::exchange(layer.stage, {}));
-  outputs.swap(outputs_);
+  {
+    absl::MutexLock lock(&mu_);
+    stopped_.store(true, std::memory_order_relaxed);
+    finished_ = true;
+    for (LayerState& layer : layers_) stages.push_back(std::exchange(layer.stage, {}));
+    outputs.swap(outputs_);
+  }
+  AbandonStore();
 }
 
 void Request::Fail(absl::Status status) {
@@ -148,6 +194,8 @@ void Request::Fail(absl::Status status) {
     if (finished_) return;
     finished_ = true;
   }
+  // Who hears of the failure may append anew.
+  AbandonStore();
   // Told before stopped: else the reader could meet the end before anyone knows its reason.
   sink_->OnError(std::move(status));
   Stop();
@@ -168,6 +216,14 @@ void Request::Submit(Work work) {
 
 void Request::Launch() {
   if (stopped()) return;
+  if (together()) {
+    if (phase_ != Phase::kReceiving || !ended_) return;
+    phase_ = Phase::kPreparing;
+    Submit([](Request& self, Backend& backend, Stream& stream) {
+      return self.StoreTogether(backend, stream);
+    });
+    return;
+  }
   if (phase_ == Phase::kReceiving && inbox_.sequence_complete()) {
     phase_ = Phase::kPreparing;
     Submit([](Request& self, Backend& backend, Stream& stream) {
@@ -179,11 +235,19 @@ void Request::Launch() {
 
 void Request::LaunchLayers() {
   const int32_t num_layers = spec_.sequence.shape.num_layers;
-  while (next_launch_ < num_layers && inbox_.layer_complete(next_launch_) &&
+  while (next_launch_ < wanted_.size() && inbox_.layer_complete(wanted_[next_launch_]) &&
          !(ordered() && ordered_job_runs_)) {
-    const int32_t layer = next_launch_;
+    const int32_t layer = wanted_[next_launch_];
     LayerState& state = layers_[static_cast<size_t>(layer)];
     if (!TryCount(state)) break;
+    if (state.stage.host == nullptr && state.plan.byte_size > 0) {  // nothing of it is streamed
+      absl::StatusOr<Buffer> host = executor_.backend().AllocateHost(state.plan.byte_size);
+      if (!host.ok()) {
+        Submit([status = host.status()](Request&, Backend&, Stream&) { return status; });
+        return;
+      }
+      state.stage.host = std::make_shared<Buffer>(*std::move(host));
+    }
     ++next_launch_;
     ordered_job_runs_ = true;
     Submit([layer, stage = std::exchange(state.stage, {})](Request& self, Backend& backend,
@@ -197,6 +261,14 @@ void Request::LaunchLayers() {
       return self.DecideGlobal(backend, stream);
     });
   }
+}
+
+bool Request::AllDone() const {
+  if (spec_.method == Method::kCalibrate) {
+    return num_scored_ == spec_.sequence.shape.num_layers;
+  }
+  if (!returns_layers()) return num_stored_ == wanted_.size();
+  return next_output_ == wanted_.size() && (!stores() || num_stored_ == wanted_.size());
 }
 
 void Request::Deliver() {
@@ -214,18 +286,30 @@ void Request::Deliver() {
       mu_.Lock();
       continue;
     }
-    if (const auto next = outputs_.find(next_output_); next != outputs_.end()) {
+    const auto next =
+        next_output_ < wanted_.size() ? outputs_.find(wanted_[next_output_]) : outputs_.end();
+    if (next != outputs_.end()) {
       ComputedLayer output = std::move(next->second);
       outputs_.erase(next);
       ++next_output_;
       Record(output);
       mu_.Unlock();
-      sink_->OnLayer(std::move(output));
+      if (output.skipped) {
+        output = {};
+        Uncount();
+      } else {
+        sink_->OnLayer(std::move(output));
+      }
       mu_.Lock();
       continue;
     }
-    const int32_t num_done = spec_.method == Method::kCalibrate ? num_scored_ : next_output_;
-    if (!ended_ || num_done < spec_.sequence.shape.num_layers) break;
+    if (!ended_ || !AllDone()) break;
+    if (stores() && !committed_) {
+      if (!std::exchange(commit_launched_, true)) {
+        Submit([](Request& self, Backend&, Stream& stream) { return self.CommitStore(stream); });
+      }
+      break;
+    }
     finished_ = true;
     EndOutput end = std::move(end_);
     mu_.Unlock();
@@ -256,7 +340,6 @@ void Request::Record(const ComputedLayer& output) {
   end_.bytes_out += PayloadBytes(output);
   end_.shadow_bytes_out += output.shadow_bytes;
   RequestSeconds& seconds = end_.seconds;
-  seconds.host_to_device += output.host_to_device_seconds;
   seconds.device_to_host += output.device_to_host_seconds;
   seconds.layers.score += output.seconds.score;
   seconds.layers.select += output.seconds.select;

@@ -10,6 +10,10 @@
 // With Scope::kGlobal the layer jobs score only, in order; once all have, one job decides and one
 // job a layer applies. Calibration measures layers in order and yields a profile at the end.
 //
+// Sessions (session_work.cc). What is to stay is begun in prepare, stored by the layer jobs and
+// committed by one job after the last; where all of it is small, one job does the three. Nothing
+// stays of a request that does not come to its end.
+//
 // Threads. Place, Commit and End are called by one reader at a time; LayerSent and Cancel by
 // anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
 // held; results one call at a time, OnError and OnRoom at any time.
@@ -35,6 +39,7 @@
 #include "server/runtime/inbox.h"
 #include "server/runtime/layer_work.h"
 #include "server/runtime/request_spec.h"
+#include "server/runtime/session_work.h"
 
 namespace dynsplit {
 
@@ -54,10 +59,15 @@ class ResultSink {
 class Request : public std::enable_shared_from_this<Request> {
  public:
   // Allocates the stage of the sequence's tensors. RESOURCE_EXHAUSTED when the backend has no
-  // memory left in spite of the reservation. `executor` must outlive the request.
+  // memory left in spite of the reservation. `executor` must outlive the request. Nothing happens
+  // before Start.
   static absl::StatusOr<std::shared_ptr<Request>> Create(RequestSpec spec, Executor& executor,
                                                          Reservation reservation,
                                                          std::shared_ptr<ResultSink> sink);
+
+  void Start();
+
+  ~Request();
 
   // Where the bytes of a chunk go. `owner` keeps the place valid even if the request is cancelled
   // meanwhile. No room: data is null, OnRoom will be called.
@@ -96,6 +106,10 @@ class Request : public std::enable_shared_from_this<Request> {
   bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
   bool ordered() const;  // layers are worked on one at a time, ascending
   bool global() const;
+  bool stores() const { return stored_ != nullptr; }
+  bool returns_layers() const;  // else only the sequence and the end come back
+  // Everything is staged, checked and stored at once.
+  bool together() const { return together_; }
   // Takes a place in flight for the layer if one is free.
   bool TryCount(LayerState& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Starts what can start: preparation, layers, the global decision.
@@ -106,12 +120,34 @@ class Request : public std::enable_shared_from_this<Request> {
   void Uncount() ABSL_LOCKS_EXCLUDED(mu_);
   // Hands finished results to the sink, in order.
   void Deliver() ABSL_LOCKS_EXCLUDED(mu_);
+  bool AllDone() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Fail(absl::Status status) ABSL_LOCKS_EXCLUDED(mu_);
   void Stop() ABSL_LOCKS_EXCLUDED(mu_);
 
   // Jobs; run on the executor. Layer jobs own their stage.
   absl::Status Prepare(Backend& backend, Stream& stream);
+  absl::Status PrepareCalibration();
+  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, Backend& backend,
+                                          Stream& stream);
+  void AddRestingSalt(EndOutput& end) const;
   absl::Status PrepareContexts(Backend& backend, Stream& stream);
+  absl::Status StageSequence(Backend& backend, Stream& stream);
+  void AnnounceSequence(const Segmentation& segmentation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Sessions.
+  absl::Status PrepareStore(Backend& backend, Stream& stream);
+  absl::Status BeginStore(ResidentSequence& sequence, Stream& stream);
+  absl::Status StoreLayer(const LayerTensors& tensors, Stream& stream);
+  absl::Status CommitStore(Stream& stream);
+  absl::Status StoreTogether(Backend& backend, Stream& stream);
+  absl::Status CheckTogetherFinite(Backend& backend, Stream& stream);
+  void EndStore();
+  // No longer appends: the session is as before.
+  void AbandonStore();
+  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, Backend& backend,
+                                         Stream& stream);
+  absl::StatusOr<LayerDecision> FetchDecision(int32_t layer, const Stage& stage, Backend& backend,
+                                              Stream& stream);
+
   absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
   absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
   absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, Backend& backend,
@@ -135,6 +171,9 @@ class Request : public std::enable_shared_from_this<Request> {
   Executor& executor_;
   const std::shared_ptr<ResultSink> sink_;
   const Reservation reservation_;
+  Session* const stored_;              // to be kept or appended to; null = nothing is
+  const std::vector<int32_t> wanted_;  // layers to be worked on, ascending
+  const bool together_;
   StagePlan sequence_plan_;
   Stage sequence_stage_;
 
@@ -149,6 +188,9 @@ class Request : public std::enable_shared_from_this<Request> {
   LayerPlan global_plan_;
   std::optional<PlanHasher> plan_hasher_;  // by whoever delivers
 
+  // Guarded by the stored session's mu.
+  bool abandoned_ = false;  // must not be begun, or go on
+
   std::atomic<bool> stopped_ = false;
 
   // Guarded by mu_.
@@ -162,17 +204,21 @@ class Request : public std::enable_shared_from_this<Request> {
     kPreparing,
     kReady
   } phase_ ABSL_GUARDED_BY(mu_) = Phase::kReceiving;
-  int32_t next_launch_ ABSL_GUARDED_BY(mu_) = 0;  // lowest layer not launched
+  SessionUse appending_ ABSL_GUARDED_BY(mu_);    // kAppend, until its end
+  size_t next_launch_ ABSL_GUARDED_BY(mu_) = 0;  // of wanted_: first that is not launched
   bool ordered_job_runs_ ABSL_GUARDED_BY(mu_) = false;
   int32_t num_scored_ ABSL_GUARDED_BY(mu_) = 0;  // kGlobal
   bool decided_ ABSL_GUARDED_BY(mu_) = false;    // kGlobal
+  size_t num_stored_ ABSL_GUARDED_BY(mu_) = 0;   // layers
+  bool commit_launched_ ABSL_GUARDED_BY(mu_) = false;
+  bool committed_ ABSL_GUARDED_BY(mu_) = false;
   bool ended_ ABSL_GUARDED_BY(mu_) = false;
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // OnEnd or OnError has been, or is being, called
   bool delivering_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<SequenceOutput> sequence_output_ ABSL_GUARDED_BY(mu_);
   absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::map<int32_t, ComputedLayer> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
-  int32_t next_output_ ABSL_GUARDED_BY(mu_) = 0;
+  size_t next_output_ ABSL_GUARDED_BY(mu_) = 0;                    // of wanted_
   EndOutput end_ ABSL_GUARDED_BY(mu_);
 };
 

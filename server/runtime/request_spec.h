@@ -15,10 +15,12 @@
 #include "server/pipeline/plan.h"
 #include "server/pipeline/segmentation.h"
 #include "server/pipeline/types.h"
+#include "server/runtime/regions.h"
+#include "server/runtime/sessions.h"
 
 namespace dynsplit {
 
-enum class Method : uint8_t { kCompress, kPlan, kApply, kCalibrate };
+enum class Method : uint8_t { kCompress, kPlan, kApply, kCalibrate, kOpen, kAppend, kFetch };
 
 // Tensors that requests bring and responses carry; meanings and shapes as in types.proto.
 enum class TensorKind : uint8_t {
@@ -45,7 +47,7 @@ enum class TensorKind : uint8_t {
   kBlockKeyMean,
 };
 
-// One tensor that will arrive in the stream. Sizes and strides are validated.
+// One tensor that will arrive in the stream, or lies in a region. Sizes and strides are validated.
 struct RequestTensor {
   static constexpr int32_t kWholeSequence = -1;
 
@@ -60,6 +62,24 @@ struct RequestTensor {
   int64_t value_offset_bytes = 0;
   // Paged layouts: physical pages in the pool.
   int64_t num_pool_pages = 0;
+  // Where the bytes are; no region = they arrive as chunks.
+  RegionPart place;
+
+  bool located() const { return place.region != nullptr; }
+};
+
+// A sequence that is to stay: kOpen, and kCompress where it also keeps.
+struct SessionOpening {
+  SessionSettings settings;
+  ResidentSpec resident;
+  std::shared_ptr<const DelimiterProfile> profile;  // of resident.policy; null = none is read
+};
+
+// kFetch: where to go on; see SessionTarget.Resume.
+struct FetchResume {
+  int32_t layer = 0;
+  int32_t tensor_index = 0;
+  int64_t offset = 0;
 };
 
 struct RequestSpec {
@@ -77,6 +97,32 @@ struct RequestSpec {
   std::vector<std::string> layer_hashes;  // of plan, hex
   std::string plan_hash;                  // hex
   CalibrationOptions calibration;
+
+  std::optional<SessionOpening> opening;
+  SessionStore* store = nullptr;            // of what follows
+  std::shared_ptr<Session> opened;          // as `opening` says; reserved, not yet published
+  SessionUse session;                       // kAppend, kFetch
+  SessionUse appending;                     // kAppend: no other append meanwhile
+  Segmentation segmentation;                // kFetch: the session's
+  std::vector<int32_t> fetch_layers;        // kFetch: ascending
+  std::optional<FetchResume> fetch_resume;  // kFetch
+};
+
+// A session as it was at one moment.
+struct SessionSnapshot {
+  std::string id;
+  SessionSettings settings;
+  ResidentSpec spec;  // shape: as it is now
+  SessionState state;
+  int64_t num_blocks = 0;
+  int64_t open_block_begin = 0;
+  Residence residence = Residence::kDevice;
+  ResidentLayout layout;
+  int64_t reuse_bytes = 0;
+  int64_t device_bytes = 0;
+  int64_t host_bytes = 0;
+  int64_t num_demotions = 0;
+  int64_t num_restorations = 0;
 };
 
 // One tensor of a response, in host memory. `owner` keeps the bytes alive.
@@ -102,9 +148,9 @@ struct ComputedLayer {
   std::optional<LayerReceipt> receipt;
   int64_t num_pages = 0;
   std::vector<ResultTensor> tensors;
+  bool skipped = false;  // kFetch: before the point where a broken stream goes on
   // What the layer took, and what it would have weighed (shadow).
   LayerSeconds seconds;
-  double host_to_device_seconds = 0;
   double device_to_host_seconds = 0;
   int64_t shadow_bytes = 0;
 };
@@ -127,6 +173,9 @@ struct EndOutput {
   std::string representation_salt;
   RequestSeconds seconds;
   std::optional<DelimiterProfile> profile;  // kCalibrate
+  SequenceShape stored_shape;               // kOpen, kAppend: what was stored
+  std::shared_ptr<Session> opened;          // complete; to be published when the end is sent
+  std::optional<SessionSnapshot> session;   // kAppend, kFetch
 };
 
 }  // namespace dynsplit

@@ -29,31 +29,16 @@ SequenceSpec OriginalsSpec(SequenceSpec spec) {
 
 absl::Status Request::Prepare(Backend& backend, Stream& stream) {
   const absl::Time start = absl::Now();
-  absl::Status status = CheckStageValues(spec_, sequence_plan_, sequence_stage_);
-  if (!status.ok()) return status;
-  if (sequence_stage_.host != nullptr) {
-    absl::StatusOr<Buffer> device = backend.ToDevice(*sequence_stage_.host, stream);
-    if (!device.ok()) return device.status();
-    sequence_stage_.device = *std::move(device);
-    for (size_t i = 0; i < sequence_plan_.tensors.size(); ++i) {
-      if (spec_.tensors[sequence_plan_.tensors[i]].kind != TensorKind::kBlockTable) continue;
-      block_table_ = reinterpret_cast<const int32_t*>(sequence_stage_.device.data() +
-                                                      sequence_plan_.offset_bytes[i]);
-    }
-  }
-  status = PrepareContexts(backend, stream);
+  absl::Status status = StageSequence(backend, stream);
+  if (status.ok() && stores()) status = PrepareStore(backend, stream);
+  if (status.ok() && returns_layers()) status = PrepareContexts(backend, stream);
+  if (status.ok() && spec_.method == Method::kCalibrate) status = PrepareCalibration();
   status.Update(stream.Synchronize());
   if (!status.ok()) return status;
 
   absl::MutexLock lock(&mu_);
   if (spec_.method == Method::kCompress || spec_.method == Method::kPlan) {
-    const Segmentation& segmentation = context_->segmentation;
-    SequenceOutput output;
-    output.num_blocks = segmentation.num_blocks();
-    output.open_block_begin = segmentation.open_begin;
-    output.tensors.push_back(
-        Int32Output(TensorKind::kBlockStarts, {output.num_blocks + 1}, segmentation.starts));
-    sequence_output_ = std::move(output);
+    AnnounceSequence(context_->segmentation);
   }
   end_.seconds.split = SecondsSince(start);
   phase_ = Phase::kReady;
@@ -61,21 +46,47 @@ absl::Status Request::Prepare(Backend& backend, Stream& stream) {
   return absl::OkStatus();
 }
 
+absl::Status Request::StageSequence(Backend& backend, Stream& stream) {
+  absl::Status status = FillStage(spec_, sequence_plan_, sequence_stage_, backend, stream);
+  if (status.ok()) status = CheckStageValues(spec_, sequence_plan_, sequence_stage_);
+  if (status.ok()) status = StageToDevice(spec_, sequence_plan_, sequence_stage_, backend, stream);
+  if (!status.ok()) return status;
+  for (size_t i = 0; i < sequence_plan_.tensors.size(); ++i) {
+    if (spec_.tensors[sequence_plan_.tensors[i]].kind != TensorKind::kBlockTable) continue;
+    block_table_ = reinterpret_cast<const int32_t*>(sequence_stage_.device.data() +
+                                                    sequence_plan_.offset_bytes[i]);
+  }
+  return absl::OkStatus();
+}
+
+void Request::AnnounceSequence(const Segmentation& segmentation) {
+  SequenceOutput output;
+  output.num_blocks = segmentation.num_blocks();
+  output.open_block_begin = segmentation.open_begin;
+  output.tensors.push_back(
+      Int32Output(TensorKind::kBlockStarts, {output.num_blocks + 1}, segmentation.starts));
+  sequence_output_ = std::move(output);
+}
+
+absl::Status Request::PrepareCalibration() {
+  const auto token_ids =
+      HostValues<int32_t>(spec_.tensors, sequence_plan_, sequence_stage_, TensorKind::kTokenIds);
+  const auto positions = HostValues<int32_t>(spec_.tensors, sequence_plan_, sequence_stage_,
+                                             TensorKind::kQueryPositions);
+  absl::StatusOr<Calibrator> calibrator =
+      Calibrator::Create(spec_.calibration, *spec_.profile, token_ids, positions);
+  if (!calibrator.ok()) return calibrator.status();
+  calibrator_ = *std::move(calibrator);
+  return absl::OkStatus();
+}
+
 absl::Status Request::PrepareContexts(Backend& backend, Stream& stream) {
   const auto token_ids =
       HostValues<int32_t>(spec_.tensors, sequence_plan_, sequence_stage_, TensorKind::kTokenIds);
-  if (spec_.method == Method::kCalibrate) {
-    const auto positions = HostValues<int32_t>(spec_.tensors, sequence_plan_, sequence_stage_,
-                                               TensorKind::kQueryPositions);
-    absl::StatusOr<Calibrator> calibrator =
-        Calibrator::Create(spec_.calibration, *spec_.profile, token_ids, positions);
-    if (!calibrator.ok()) return calibrator.status();
-    calibrator_ = *std::move(calibrator);
-    return absl::OkStatus();
-  }
-
   absl::StatusOr<std::unique_ptr<SequenceContext>> context;
-  if (spec_.method == Method::kApply) {
+  if (spec_.method == Method::kFetch) {
+    context = PrepareSequence(spec_.sequence, spec_.segmentation, backend, stream);
+  } else if (spec_.method == Method::kApply) {
     Plan plan = *spec_.plan;
     const auto starts = HostValues<int32_t>(spec_.tensors, sequence_plan_, sequence_stage_,
                                             TensorKind::kBlockStarts);
@@ -103,6 +114,10 @@ absl::Status Request::RunLayer(int32_t layer, Stage stage, Backend& backend, Str
   absl::Status status = ComputeLayer(layer, stage, backend, stream);
   // The stage goes when this returns: the device must be done with it, also after an error.
   status.Update(stream.Synchronize());
+  if (status.ok() && !returns_layers() && stores()) {
+    stage = {};
+    Uncount();
+  }
   if (!status.ok() || !ordered()) return status;
   {
     absl::MutexLock lock(&mu_);
@@ -119,18 +134,39 @@ absl::Status Request::RunLayer(int32_t layer, Stage stage, Backend& backend, Str
   return absl::OkStatus();
 }
 
-absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream) {
-  const StagePlan plan = PlanStage(spec_.tensors, layer);
-  absl::Status status = CheckStageValues(spec_, plan, stage);
-  if (!status.ok()) return status;
+absl::StatusOr<LayerTensors> Request::StageLayer(int32_t layer, Stage& stage, Backend& backend,
+                                                 Stream& stream) {
   const absl::Time start = absl::Now();
-  absl::StatusOr<LayerTensors> tensors =
-      StageToDevice(spec_, layer, plan, stage, block_table_, backend, stream);
-  if (!tensors.ok()) return tensors.status();
-  if (status = stream.Synchronize(); !status.ok()) return status;
-  const double host_to_device = SecondsSince(start);
-  if (status = CheckLayerFinite(*tensors, backend, stream); !status.ok()) return status;
+  const StagePlan plan = PlanStage(spec_.tensors, layer);
+  absl::Status status = FillStage(spec_, plan, stage, backend, stream);
+  if (status.ok()) status = CheckStageValues(spec_, plan, stage);
+  if (status.ok()) status = StageToDevice(spec_, plan, stage, backend, stream);
+  if (status.ok()) status = stream.Synchronize();
+  if (!status.ok()) return status;
+  LayerTensors tensors = LayerViews(spec_, layer, plan, stage, block_table_);
+  {
+    absl::MutexLock lock(&mu_);
+    end_.seconds.host_to_device += SecondsSince(start);
+  }
+  status = CheckLayerFinite(tensors, backend, stream);
+  if (!status.ok()) return status;
+  return tensors;
+}
 
+absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream) {
+  if (spec_.method == Method::kFetch) {
+    absl::StatusOr<ComputedLayer> output = FetchOne(layer, stage, backend, stream);
+    if (!output.ok()) return output.status();
+    absl::MutexLock lock(&mu_);
+    if (!stopped()) outputs_.emplace(layer, *std::move(output));
+    return absl::OkStatus();
+  }
+  absl::StatusOr<LayerTensors> tensors = StageLayer(layer, stage, backend, stream);
+  if (!tensors.ok()) return tensors.status();
+  if (stores()) {
+    absl::Status status = StoreLayer(*tensors, stream);
+    if (!status.ok() || !returns_layers()) return status;
+  }
   if (spec_.method == Method::kCalibrate) {
     return calibrator_->AddLayer(tensors->keys, tensors->queries,
                                  1 / std::sqrt(static_cast<float>(spec_.sequence.shape.head_dim)),
@@ -140,13 +176,13 @@ absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend
     {
       absl::MutexLock lock(&mu_);
       layers_[static_cast<size_t>(layer)].tensors = *tensors;
-      end_.seconds.host_to_device += host_to_device;
     }
     if (KeepsAll(layer)) return absl::OkStatus();
     const absl::Time score_start = absl::Now();
     absl::StatusOr<LayerScores> scores = ScoreLayer(*context_, *tensors, backend, stream);
     if (!scores.ok()) return scores.status();
-    status = AccumulateScores(*context_, *std::move(scores), global_scores_, backend, stream);
+    absl::Status status =
+        AccumulateScores(*context_, *std::move(scores), global_scores_, backend, stream);
     absl::MutexLock lock(&mu_);
     end_.seconds.layers.score += SecondsSince(score_start);
     return status;
@@ -155,7 +191,6 @@ absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend
                                              ? ApplyOne(stage, *tensors, backend, stream)
                                              : CompressOne(*tensors, backend, stream);
   if (!output.ok()) return output.status();
-  output->host_to_device_seconds = host_to_device;
   absl::MutexLock lock(&mu_);
   if (!stopped()) outputs_.emplace(layer, *std::move(output));
   return absl::OkStatus();
@@ -322,6 +357,12 @@ absl::StatusOr<EndOutput> Request::MakeEnd(EndOutput end) {
     end.profile = *std::move(profile);
     return end;
   }
+  end.opened = spec_.opened;
+  if (spec_.session) end.session = Snapshot(*spec_.session.get(), *spec_.store);
+  if (!returns_layers()) {
+    end.stored_shape = spec_.sequence.shape;
+    return end;
+  }
   const SequenceSpec& sequence = context_->spec;
   end.plan.shape = sequence.shape;
   end.plan.policy = sequence.policy;
@@ -344,6 +385,7 @@ absl::StatusOr<EndOutput> Request::MakeEnd(EndOutput end) {
                          sequence.policy.positions == Positions::kOriginal;
   const bool lossless = spec_.shadow || (all_kept && bits_kept);
   end.representation_salt = RepresentationSalt(sequence.policy, end.plan_hash, lossless);
+  if (spec_.method == Method::kFetch) AddRestingSalt(end);
   return end;
 }
 

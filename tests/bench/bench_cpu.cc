@@ -372,6 +372,61 @@ Case SelectCase(Runner& runner) {
           .ceiling = {}};
 }
 
+// One layer of a decode step on a sequence that stays: scores of all blocks, then the tokens. The
+// index lies as resident sequences keep it: bounds [Hkv, capacity, 2, D].
+Case SelectStepCase(Runner& runner, DType dtype) {
+  const int64_t num_blocks = TheLayer().num_blocks();
+  constexpr int64_t kSelected = kTokens / 10;
+  const int64_t row_bytes = kHeadDim * DTypeBytes(dtype);
+  auto bounds = Memory::Bytes(kKvHeads * num_blocks * 2 * row_bytes);
+  auto scales = Zeros<float>(kKvHeads * num_blocks);
+  auto scores = Zeros<float>(kKvHeads * num_blocks);
+  auto tokens = Zeros<int32_t>(kKvHeads * kSelected);
+  BlockSummaries summaries{.dtype = dtype,
+                           .min = bounds->data(),
+                           .max = bounds->data() + row_bytes,
+                           .block_stride_bytes = 2 * row_bytes,
+                           .head_stride_bytes = 2 * row_bytes * num_blocks};
+  if (dtype == DType::kFloat8E4M3) {
+    summaries.bound_scales = scales->data();
+    summaries.scale_head_stride = num_blocks;
+  }
+  Check(runner.backend->SummarizeBlocks({.keys = TheLayer().Keys(),
+                                         .block_starts = TheLayer().block_starts.data(),
+                                         .num_blocks = num_blocks,
+                                         .summaries = summaries},
+                                        *runner.stream));
+  const ScoreBlocksItem score{
+      .queries = DenseView(TheLayer().queries->data(), DType::kBFloat16, 1, kQueryHeads, kHeadDim),
+      .summaries = summaries,
+      .block_starts = TheLayer().block_starts.data(),
+      .num_blocks = num_blocks,
+      .block_scores = scores->data()};
+  const SelectBlocksItem select{.block_scores = scores->data(),
+                                .block_starts = TheLayer().block_starts.data(),
+                                .num_blocks = num_blocks,
+                                .num_tokens = kTokens,
+                                .prefix_end = 4,
+                                .suffix_begin = kTokens - 32,
+                                .num_selected = kSelected,
+                                .tokens = tokens->data()};
+  return {.name = std::string("select_step 8B 32K ") +
+                  (dtype == DType::kFloat8E4M3 ? "e4m3" : "bf16") + " (ceiling: read)",
+          .work = static_cast<double>(bounds->size_bytes()),
+          .unit = "B",
+          .run =
+              [&runner, score, select, bounds, scales, scores, tokens] {
+                Check(runner.backend->ScoreBlocks(
+                    {.items = {&score, 1},
+                     .num_kv_heads = kKvHeads,
+                     .softmax_scale = 1 / std::sqrt(static_cast<float>(kHeadDim))},
+                    *runner.stream));
+                Check(runner.backend->SelectBlocks({.items = {&select, 1}, .groups = kKvHeads},
+                                                   *runner.stream));
+              },
+          .ceiling = ReadCeiling(runner, bounds->size_bytes())};
+}
+
 std::vector<Case> Cases(Runner& runner) {
   std::vector<Case> cases;
   for (int64_t percent : {10, 20, 50}) {
@@ -386,6 +441,8 @@ std::vector<Case> Cases(Runner& runner) {
   cases.push_back(SummarizeCase(runner));
   cases.push_back(CheckFiniteCase(runner));
   cases.push_back(SelectCase(runner));
+  cases.push_back(SelectStepCase(runner, DType::kFloat8E4M3));
+  cases.push_back(SelectStepCase(runner, DType::kBFloat16));
   return cases;
 }
 

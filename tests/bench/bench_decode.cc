@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <functional>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -94,8 +95,8 @@ class DecodeBench {
     for (Layer& layer : layers_) Fill(layer, random);
   }
 
-  // Every operation, and the step as a whole, at budgets of 10, 5 and 20 %.
-  void Run() {
+  // Each operation by itself, at budgets of 10, 5 and 20 %.
+  void RunOperations() {
     const double batch = static_cast<double>(layers_.size());
     Report("summarize e4m3", (KeyBytes() + BoundBytes(DType::kFloat8E4M3)) * batch, Copied(),
            [&] { Summarize(DType::kFloat8E4M3); });
@@ -106,26 +107,33 @@ class DecodeBench {
     for (int percent : {10, 5, 20}) {
       const int64_t num_selected = num_tokens_ * percent / 100;
       const std::string budget = " " + std::to_string(percent) + "%";
-      const double token_bytes = 4.0 * kHeads * static_cast<double>(num_selected);
-      const double rows_bytes = 2.0 * kHeads * kRowBytes * static_cast<double>(num_selected);
-      Report("select_blocks" + budget, (ScoreBytes() + token_bytes) * batch, Read(),
+      Report("select_blocks" + budget, (ScoreBytes() + TokenBytes(num_selected)) * batch, Read(),
              [&] { SelectBlocks(num_selected); });
-      Report("attend_tokens" + budget, (rows_bytes + token_bytes) * batch, Read(),
-             [&] { Attend(num_selected); });
-      const Graph step(device_, [&] {
-        ScoreBlocks(DType::kFloat8E4M3);
-        SelectBlocks(num_selected);
-        Attend(num_selected);
-      });
-      const double bytes = BoundBytes(DType::kFloat8E4M3) + ScoreBytes() + token_bytes + rows_bytes;
-      Report(
-          "step (graph)" + budget, bytes * batch, Read(), [&] { step.Launch(); },
-          2 * KeyBytes() * batch);
+      Report("attend_tokens" + budget, (RowBytes(num_selected) + TokenBytes(num_selected)) * batch,
+             Read(), [&] { Attend(num_selected); });
     }
     // What else can attend to everything: the same kernel, told to read all rows.
     Report(
         "attend_tokens all rows", 2 * KeyBytes() * batch, Read(), [&] { AttendAll(); },
         2 * KeyBytes() * batch);
+  }
+
+  // Score, select, attend as one graph.
+  void RunSteps() {
+    const double batch = static_cast<double>(layers_.size());
+    for (int percent : {10, 5, 20}) {
+      const int64_t num_selected = num_tokens_ * percent / 100;
+      const Graph step(device_, [&] {
+        ScoreBlocks(DType::kFloat8E4M3);
+        SelectBlocks(num_selected);
+        Attend(num_selected);
+      });
+      const double bytes = BoundBytes(DType::kFloat8E4M3) + ScoreBytes() +
+                           TokenBytes(num_selected) + RowBytes(num_selected);
+      Report(
+          "step (graph) " + std::to_string(percent) + "%", bytes * batch, Read(),
+          [&] { step.Launch(); }, 2 * KeyBytes() * batch);
+    }
   }
 
   // Choosing for all layers of a model in one call each.
@@ -148,8 +156,7 @@ class DecodeBench {
       select.tokens = outputs.back().as<int32_t>();
       select_items.push_back(select);
     }
-    const double token_bytes = 4.0 * kHeads * static_cast<double>(num_selected);
-    const double bytes = BoundBytes(DType::kFloat8E4M3) + ScoreBytes() + token_bytes;
+    const double bytes = BoundBytes(DType::kFloat8E4M3) + ScoreBytes() + TokenBytes(num_selected);
     Report("score+select 32 layers 10%", bytes * kModelLayers, Read(), [&] {
       Check(kernels::ScoreBlocks(
           {.items = score_items, .num_kv_heads = kHeads, .softmax_scale = kScale}, device_.launch));
@@ -192,6 +199,14 @@ class DecodeBench {
            static_cast<double>(num_blocks_);
   }
   double ScoreBytes() const { return 4.0 * kHeads * static_cast<double>(num_blocks_); }
+
+  static double TokenBytes(int64_t num_selected) {
+    return 4.0 * kHeads * static_cast<double>(num_selected);
+  }
+  // Of K and V.
+  static double RowBytes(int64_t num_selected) {
+    return 2.0 * kHeads * kRowBytes * static_cast<double>(num_selected);
+  }
 
   Bounds MakeBounds(DType dtype) const {
     const int64_t row_bytes = kDim * DTypeBytes(dtype);
@@ -420,14 +435,15 @@ void Main() {
   const ColdTimer timer(device);
   RandomSource random(device);
   std::printf("operation                   tokens x sequences\n");
-  {
-    DecodeBench bench(device, ceilings, timer, random, 131072, 1);
-    bench.Run();
-    bench.RunAllLayers();
-    bench.RunStore();
-    bench.RunRefresh();
-  }
-  DecodeBench(device, ceilings, timer, random, 32768, 16).Run();
+  DecodeBench one(device, ceilings, timer, random, 131072, 1);
+  DecodeBench many(device, ceilings, timer, random, 32768, 16);
+  one.RunOperations();
+  one.RunAllLayers();
+  one.RunStore();
+  one.RunRefresh();
+  many.RunOperations();
+  one.RunSteps();
+  many.RunSteps();
 }
 
 }  // namespace

@@ -254,6 +254,9 @@ TEST_F(CliTest, WrongUsageIsTwo) {
       {"compress", Sample("code"), "--pin", "3-9"},
       {"compress", Sample("code"), "--quiet", "--json"},
       {"bench", Sample("code"), "--requests", "0"},
+      {"session", Sample("code"), "--steps", "0"},
+      {"session", Sample("code"), "--keep", "--id", "x"},
+      {"sessions", "get"},
   };
   for (const std::vector<std::string>& arguments : wrong) {
     const Outcome outcome = Ask(arguments);
@@ -331,6 +334,70 @@ TEST_F(CliTest, CalibrationCanBeStoredAndShown) {
       {"calibrate", input, "--candidates", "28,198", "--store", "--name", "cli-test", "--json"});
   EXPECT_EQ(again.exit_code, 1);
   EXPECT_TRUE(absl::StrContains(again.err, "ALREADY_EXISTS")) << again.err;
+}
+
+TEST_F(CliTest, SessionShowsWhatIsReadAndMoved) {
+  const Outcome outcome = Ask({"session", Sample("prose"), "--ratio", "0.1", "--steps", "8"});
+  ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
+  EXPECT_EQ(outcome.err, "");
+  for (const char* text :
+       {"session   ", "1,283 tokens in ", "K and V   2.8 MiB in device memory", "index     ",
+        "dynsplit_index: dynamic(14±6, smollm2_table7)", "128", "10.0 %", "select    p50 ",
+        "over 8 steps of 3 layers", "step 1 moved 1,152 of 1,152 rows; steps 2 to 8 moved ",
+        "released  3."}) {
+    EXPECT_TRUE(absl::StrContains(outcome.out, text)) << text << " is not in\n" << outcome.out;
+  }
+}
+
+TEST_F(CliTest, SessionCanBeKeptUsedAndReleased) {
+  const std::string path = Path("session.safetensors");
+  const Outcome kept = Ask({"session", Sample("code"), "--ratio", "0.2", "--keep", "--reserve",
+                            "10", "--lease", "60", "--json", "--with-tokens", "--fetch", path});
+  ASSERT_EQ(kept.exit_code, 0) << kept.err;
+  const Json answer = Parse(kept.out);
+  const std::string id = answer["session"]["session_id"].get<std::string>();
+  EXPECT_EQ(answer["session"]["shape"]["num_tokens"], 1171);
+  EXPECT_EQ(answer["session"]["capacity_tokens"], 1181);
+  EXPECT_FALSE(answer.contains("released_bytes"));
+  EXPECT_EQ(answer["steps"], 16);
+  EXPECT_EQ(answer["tokens_per_head"], 234);
+  EXPECT_GT(answer["select_p50_seconds"].get<double>(), 0);
+  EXPECT_EQ(answer["moved_rows"][0], answer["chosen_rows"][0]);
+  EXPECT_LT(answer["moved_rows"][15].get<int64_t>(), answer["chosen_rows"][15].get<int64_t>());
+  ASSERT_EQ(answer["layers"].size(), 3U);
+  for (const Json& layer : answer["layers"]) {
+    ASSERT_EQ(layer["tokens"].size(), 3U);
+    EXPECT_EQ(layer["tokens"][2].size(), 234U);
+    EXPECT_GT(layer["attention_mass_mean"].get<double>(), 0.234);
+    EXPECT_LE(layer["attention_mass_min"], layer["attention_mass_mean"]);
+  }
+  // What was fetched is the capture.
+  const Capture capture = LoadData("sample/code.safetensors");
+  const absl::StatusOr<Safetensors> file = Safetensors::Load(path);
+  ASSERT_TRUE(file.ok()) << file.status();
+  const SafetensorsTensor* keys = file->Find("layers.2.key_pages");
+  ASSERT_NE(keys, nullptr);
+  EXPECT_EQ(keys->shape, (std::vector<int64_t>{74, 16, 3, 64}));
+  EXPECT_TRUE(keys->bytes.subspan(0, capture.layers[2].key.size()) == capture.layers[2].key);
+  EXPECT_EQ(Run({"inspect", path}).exit_code, 0);
+
+  const Outcome again = Ask({"session", Sample("code"), "--id", id, "--json", "--with-tokens"});
+  ASSERT_EQ(again.exit_code, 0) << again.err;
+  EXPECT_EQ(Parse(again.out)["layers"], answer["layers"]);
+  const Outcome get = Ask({"sessions", "get", id});
+  EXPECT_EQ(get.exit_code, 0) << get.err;
+  EXPECT_TRUE(absl::StrContains(get.out, "room for 1,181")) << get.out;
+  const Outcome misfit = Ask({"session", Sample("prose"), "--id", id});
+  EXPECT_EQ(misfit.exit_code, 1);
+  EXPECT_TRUE(absl::StrContains(misfit.err, "1171 tokens")) << misfit.err;
+
+  const Outcome release = Ask({"sessions", "release", id, "--json"});
+  EXPECT_EQ(release.exit_code, 0) << release.err;
+  EXPECT_GT(Parse(release.out)["freed_bytes"].get<int64_t>(), 1171 * 3 * 3 * 64 * 4);
+  const Outcome gone = Ask({"sessions", "get", id});
+  EXPECT_EQ(gone.exit_code, 1);
+  EXPECT_TRUE(absl::StrContains(gone.err, "SESSION_RELEASED")) << gone.err;
+  EXPECT_TRUE(server_->ReturnsToBaseline());
 }
 
 TEST_F(CliTest, BenchCountsItsRequests) {

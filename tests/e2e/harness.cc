@@ -129,11 +129,16 @@ std::string TestServer::Http(const std::string& path) const {
   return reply.substr(reply.find("\r\n\r\n") + 4);
 }
 
-bool TestServer::ReturnsToBaseline() const {
+int64_t TestServer::held_bytes() const {
+  const Metrics::Live live = server_->live();
+  return live.host_bytes - baseline_host_bytes_ + live.device_bytes - baseline_device_bytes_;
+}
+
+bool TestServer::ReturnsToBaseline(int64_t held_bytes) const {
   for (int i = 0; i < 1000; ++i) {
     const Metrics::Live live = server_->live();
     if (live.reserved_bytes == 0 && live.streams == 0 && live.queue_depth == 0 &&
-        live.host_bytes <= baseline_host_bytes_ && live.device_bytes <= baseline_device_bytes_) {
+        this->held_bytes() <= held_bytes) {
       return true;
     }
     absl::SleepFor(absl::Milliseconds(10));
@@ -268,7 +273,11 @@ void Take(const v1::CompressResponse& response, Reply& reply) {
   }
 }
 
-Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& messages) {
+namespace {
+
+template <typename AnyStub, typename AnyCall>
+Reply Converse(AnyStub& stub, AnyCall call, const std::vector<v1::CompressRequest>& messages,
+               Reply reply) {
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
   const std::unique_ptr<CallStream> stream = Open(stub, call, context);
@@ -278,12 +287,35 @@ Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& me
     }
     stream->WritesDone();
   });
-  Reply reply;
   for (v1::CompressResponse response; stream->Read(&response);) Take(response, reply);
   writer.join();
   reply.status = stream->Finish();
   reply.error = wire::ReadError(reply.status);
   return reply;
+}
+
+}  // namespace
+
+std::unique_ptr<CallStream> Open(v1::Sessions::Stub& stub, SessionCall call,
+                                 grpc::ClientContext& context) {
+  switch (call) {
+    case SessionCall::kOpen:
+      return stub.Open(&context);
+    case SessionCall::kAppend:
+      return stub.Append(&context);
+    case SessionCall::kFetch:
+      return stub.Fetch(&context);
+  }
+  return nullptr;
+}
+
+Reply Exchange(v1::Sessions::Stub& stub, SessionCall call,
+               const std::vector<v1::CompressRequest>& messages, Reply received) {
+  return Converse(stub, call, messages, std::move(received));
+}
+
+Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& messages) {
+  return Converse(stub, call, messages, {});
 }
 
 Reply Exchange(Stub& stub, Call call, const Script& script) {

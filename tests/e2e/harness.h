@@ -12,12 +12,25 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "dynsplit/v1/compression.grpc.pb.h"
+#include "dynsplit/v1/sessions.grpc.pb.h"
 #include "grpcpp/grpcpp.h"
 #include "proto/wire/status.h"
 #include "server/rpc/server.h"
 
 namespace dynsplit::e2e {
+
+// Whether the condition holds within a few seconds.
+template <typename Condition>
+bool Eventually(Condition condition) {
+  for (int i = 0; i < 500; ++i) {
+    if (condition()) return true;
+    absl::SleepFor(absl::Milliseconds(10));
+  }
+  return false;
+}
 
 // Small limits, two listeners.
 ServerConfig TestConfig();
@@ -33,8 +46,11 @@ class TestServer {
   const std::string& unix_socket() const { return config_.unix_socket; }
   std::string Http(const std::string& path) const;  // body, or "<status code>" where not 200
 
-  // True once no request holds memory or a stream, within a few seconds.
-  bool ReturnsToBaseline() const;
+  // True once no request holds memory or a stream, within a few seconds; `held_bytes` are those of
+  // sessions that are meant to be there.
+  bool ReturnsToBaseline(int64_t held_bytes = 0) const;
+  // Memory of the backend beyond what it held at the start, bytes.
+  int64_t held_bytes() const;
 
  private:
   ServerConfig config_;
@@ -89,6 +105,14 @@ using Stub = v1::Compression::Stub;
 using CallStream = grpc::ClientReaderWriter<v1::CompressRequest, v1::CompressResponse>;
 enum class Call { kCompress, kPlan, kApply, kCalibrate };
 std::unique_ptr<CallStream> Open(Stub& stub, Call call, grpc::ClientContext& context);
+
+// The streams of sessions.
+enum class SessionCall { kOpen, kAppend, kFetch };
+std::unique_ptr<CallStream> Open(v1::Sessions::Stub& stub, SessionCall call,
+                                 grpc::ClientContext& context);
+// As below. `received` is what an earlier call of the same tensors has had.
+Reply Exchange(v1::Sessions::Stub& stub, SessionCall call,
+               const std::vector<v1::CompressRequest>& messages, Reply received = {});
 
 // Sends all messages, closes, and reads to the end.
 Reply Exchange(Stub& stub, Call call, const std::vector<v1::CompressRequest>& messages);

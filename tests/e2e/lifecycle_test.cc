@@ -20,7 +20,6 @@
 #include "absl/time/clock.h"
 #include "dynsplit/v1/info.grpc.pb.h"
 #include "dynsplit/v1/memory.grpc.pb.h"
-#include "dynsplit/v1/sessions.grpc.pb.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "server/cpu/cpu_backend.h"
 #include "tests/e2e/harness.h"
@@ -54,15 +53,6 @@ struct OpenCall {
   std::unique_ptr<CallStream> stream;
   Reply reply;
 };
-
-template <typename Condition>
-bool Eventually(Condition condition) {
-  for (int i = 0; i < 500; ++i) {
-    if (condition()) return true;
-    absl::SleepFor(absl::Milliseconds(10));
-  }
-  return false;
-}
 
 // grpc.health.v1 by hand: the package has no generated stubs for it.
 grpc::ByteBuffer HealthRequest(const std::string& service) {
@@ -488,39 +478,19 @@ TEST(LifecycleTest, InformationAndProfiles) {
   EXPECT_FALSE(advise.error_message().empty());
 }
 
-TEST(LifecycleTest, WhatIsNotThereSaysSo) {
+TEST(LifecycleTest, RegionsAreOffByDefault) {
   TestServer server;
-  const auto sessions = v1::Sessions::NewStub(server.unix_channel());
   const auto memory = v1::Memory::NewStub(server.unix_channel());
-  std::vector<grpc::Status> statuses;
-  {
-    grpc::ClientContext context;
-    v1::OpenSessionResponse response;
-    const auto stream = sessions->Open(&context, &response);
-    stream->WritesDone();
-    statuses.push_back(stream->Finish());
-  }
-  {
-    grpc::ClientContext context;
-    v1::FetchResponse response;
-    const auto stream = sessions->Fetch(&context, v1::FetchRequest());
-    EXPECT_FALSE(stream->Read(&response));
-    statuses.push_back(stream->Finish());
-  }
-  {
-    grpc::ClientContext context;
-    v1::SelectResponse response;
-    statuses.push_back(sessions->Select(&context, v1::SelectRequest(), &response));
-  }
-  {
-    grpc::ClientContext context;
-    v1::ListRegionsResponse response;
-    statuses.push_back(memory->List(&context, v1::ListRegionsRequest(), &response));
-  }
-  for (const grpc::Status& status : statuses) {
-    EXPECT_EQ(status.error_code(), grpc::UNIMPLEMENTED);
-    EXPECT_TRUE(absl::StrContains(status.error_message(), "instead"));
-  }
+  v1::RegisterRegionRequest request;
+  request.set_name("r");
+  request.set_byte_size(4096);
+  request.mutable_posix_shm()->set_key("nobody");
+  grpc::ClientContext context;
+  v1::RegisterRegionResponse response;
+  const grpc::Status status = memory->Register(&context, request, &response);
+  EXPECT_EQ(status.error_code(), grpc::UNIMPLEMENTED);
+  EXPECT_TRUE(absl::StrContains(status.error_message(), "regions")) << status.error_message();
+  EXPECT_FALSE(wire::ReadError(status).reason.empty());
 }
 
 TEST(LifecycleTest, ReflectionListsTheServices) {

@@ -88,10 +88,11 @@ std::vector<Bytes> SummarizeBlocks(Backend& backend, const Inputs& in) {
   EXPECT_TRUE(backend
                   .SummarizeBlocks({.keys = session.Upload(in.keys),
                                     .block_starts = session.Upload(in.starts),
+                                    .first_block = 0,
                                     .num_blocks = in.num_blocks(),
-                                    .min = min.device.data(),
-                                    .max = max.device.data(),
-                                    .mean = mean.device.data()},
+                                    .summaries = DenseSummaries(
+                                        DType::kFloat32, in.shape.num_kv_heads, in.shape.head_dim,
+                                        min.device.data(), max.device.data(), mean.device.data())},
                                    session.stream())
                   .ok());
   std::vector<Bytes> results;

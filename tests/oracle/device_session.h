@@ -38,6 +38,7 @@ class DeviceSession {
   Stream& stream() { return *stream_; }
 
   TensorView Upload(const HostTensor& tensor) {
+    if (tensor.blob().empty()) return tensor.ViewAt(nullptr);
     return tensor.ViewAt(UploadBytes(tensor.blob().data(), tensor.blob().size()));
   }
   // Null for an empty vector.

@@ -127,8 +127,7 @@ std::vector<double> MeasureSpans(const MeasureSpansParams& p) {
 Attention AttendTokens(const AttendTokensItem& item, int32_t groups, float softmax_scale) {
   const int32_t group = item.queries.num_heads / item.keys.num_heads;
   Attention out;
-  for (int32_t a = 0; a < item.queries.num_heads; ++a) {
-    const int32_t h = a / group;
+  for (int32_t h = 0; h < item.keys.num_heads; ++h) {
     const int32_t* tokens =
         item.tokens == nullptr ? nullptr : item.tokens + (groups == 1 ? 0 : h) * item.num_tokens;
     std::vector<std::vector<float>> keys;
@@ -142,15 +141,17 @@ Attention AttendTokens(const AttendTokensItem& item, int32_t groups, float softm
       keys.push_back(Row(item.tail_keys, r, h));
       values.push_back(Row(item.tail_values, r, h));
     }
-    const std::vector<float> query = Row(item.queries, 0, a);
-    std::vector<double> logits;
-    for (const auto& key : keys) logits.push_back(softmax_scale * Dot(query, key));
-    const double largest = *std::max_element(logits.begin(), logits.end());
-    double sum = 0;
-    for (double x : logits) sum += std::exp(x - largest);
-    out.lse.push_back(largest + std::log(sum));
-    const auto row = WeightedValues(Softmax(logits), values, item.queries.head_dim);
-    out.output.insert(out.output.end(), row.begin(), row.end());
+    for (int32_t a = h * group; a < (h + 1) * group; ++a) {
+      const std::vector<float> query = Row(item.queries, 0, a);
+      std::vector<double> logits;
+      for (const auto& key : keys) logits.push_back(softmax_scale * Dot(query, key));
+      const double largest = *std::max_element(logits.begin(), logits.end());
+      double sum = 0;
+      for (double x : logits) sum += std::exp(x - largest);
+      out.lse.push_back(largest + std::log(sum));
+      const auto row = WeightedValues(Softmax(logits), values, item.queries.head_dim);
+      out.output.insert(out.output.end(), row.begin(), row.end());
+    }
   }
   return out;
 }

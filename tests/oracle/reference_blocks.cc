@@ -144,6 +144,7 @@ std::vector<double> ScoreBlocks(const ScoreBlocksItem& item, int32_t num_kv_head
     const std::vector<double> low = bound ? HeadSummaries(item, s.min, s.bound_scales, h) : high;
     for (int64_t i = 0; i < queries.num_tokens; ++i) {
       std::vector<double> query;
+      query.reserve(static_cast<size_t>(queries.head_dim));
       for (int32_t c = 0; c < queries.head_dim; ++c)
         query.push_back(ElementValue(queries, i, a, c));
       std::vector<double> logits;

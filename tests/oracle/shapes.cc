@@ -319,9 +319,9 @@ std::vector<ParityShape> MakeShapes() {
        .format = Format::kFloat8E4M3});
   add({.name = "tokens_40013_many_blocks",
        .num_tokens = 40013,
-       .num_query_heads = 8,
+       .num_query_heads = 6,
        .num_kv_heads = 2,
-       .head_dim = 128,
+       .head_dim = 64,
        .num_queries = 2,
        .layout = Layout::kHeadMajor,
        .kept_per_head = true,

@@ -7,9 +7,10 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <string_view>
 #include <vector>
 
@@ -76,12 +77,12 @@ template <typename T>
 void ExpectSameBits(const std::vector<T>& actual, const std::vector<T>& expected,
                     std::string_view what) {
   ASSERT_EQ(actual.size(), expected.size()) << what;
-  if (actual.empty()) return;
-  if (std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0) return;
-  for (size_t i = 0; i < actual.size(); ++i) {
-    ASSERT_EQ(std::memcmp(&actual[i], &expected[i], sizeof(T)), 0)
-        << what << " differ first at " << i;
-  }
+  const auto* bytes = reinterpret_cast<const std::byte*>(actual.data());
+  const auto* want = reinterpret_cast<const std::byte*>(expected.data());
+  const auto* end = bytes + actual.size() * sizeof(T);
+  const auto* different = std::mismatch(bytes, end, want).first;
+  ASSERT_TRUE(different == end) << what << " differ first at "
+                                << (different - bytes) / static_cast<int64_t>(sizeof(T));
 }
 
 }  // namespace dynsplit::oracle

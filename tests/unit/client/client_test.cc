@@ -243,6 +243,26 @@ TEST_F(ClientTest, ProtocolViolationsAreInternal) {
   }
 }
 
+TEST_F(ClientTest, TensorsInRegionsAreNamedAndNotSent) {
+  CompressJob job = Job();
+  InputTensor& tensor = job.tensors[1];
+  tensor.kind = v1::TENSOR_KIND_VALUE;
+  tensor.bytes = {static_cast<const std::byte*>(nullptr), 4096};
+  tensor.region.emplace().set_name("kv");
+  tensor.region->set_offset_bytes(64);
+  tensor.region->set_generation(9);
+  const absl::StatusOr<CompressResult> result = client_->Compress(job);
+  ASSERT_TRUE(result.ok()) << result.status();
+  const v1::Begin begin = server_.compression().begin();
+  ASSERT_EQ(begin.tensors_size(), 3);
+  EXPECT_EQ(begin.tensors(1).byte_size(), 4096);
+  EXPECT_EQ(begin.tensors(1).location().region().name(), "kv");
+  EXPECT_EQ(begin.tensors(1).location().region().offset_bytes(), 64);
+  EXPECT_EQ(begin.tensors(1).location().region().generation(), 9U);
+  EXPECT_EQ(server_.compression().tensors().size(), 2U);
+  EXPECT_EQ(result->sent_bytes, static_cast<int64_t>(keys_[0].size() + keys_[2].size()));
+}
+
 TEST_F(ClientTest, EmptyTensorIsRefusedHere) {
   CompressJob job = Job();
   job.tensors[1].bytes = {};

@@ -24,13 +24,16 @@ grpc::Status Invalid(const std::string& message) {
 grpc::Status Receive(FakeCompression::Stream* stream, const v1::Begin& begin,
                      std::map<uint32_t, std::string>& tensors, size_t& largest_chunk) {
   std::map<uint32_t, const v1::TensorDescriptor*> open;
-  for (const v1::TensorDescriptor& tensor : begin.tensors()) open[tensor.id()] = &tensor;
+  for (const v1::TensorDescriptor& tensor : begin.tensors()) {
+    if (!tensor.has_location()) open[tensor.id()] = &tensor;
+  }
+  const size_t num_streamed = open.size();
   v1::CompressRequest request;
   while (stream->Read(&request)) {
     if (request.has_end()) {
       if (!open.empty()) return Invalid("tensors are missing");
-      return request.end().num_tensors() == begin.tensors_size() ? grpc::Status::OK
-                                                                 : Invalid("wrong count");
+      return std::cmp_equal(request.end().num_tensors(), num_streamed) ? grpc::Status::OK
+                                                                       : Invalid("wrong count");
     }
     const std::string& data = request.data();
     const auto found = open.find(request.tensor());
@@ -130,11 +133,68 @@ grpc::Status FakeCompression::Compress(grpc::ServerContext* context, Stream* str
   return grpc::Status::OK;
 }
 
+grpc::Status FakeSessions::Fetch(grpc::ServerContext*, Stream* stream) {
+  v1::CompressRequest request;
+  if (!stream->Read(&request) || !request.has_begin()) return Invalid("no begin");
+  const v1::Begin begin = request.begin();
+  const v1::SessionTarget::Resume& resume = begin.target().resume();
+  const auto chunk_bytes = static_cast<size_t>(begin.max_chunk_bytes());
+  absl::MutexLock lock(&mu_);
+  int64_t left = break_after_bytes_;
+  const auto broken = [&left] { return left == 0; };
+  const grpc::Status lost(grpc::StatusCode::UNAVAILABLE, "connection lost");
+  v1::CompressResponse response;
+  response.mutable_accepted()->set_max_chunk_bytes(3 << 20);
+  stream->Write(response);
+  for (int32_t number = resume.layer(); std::cmp_less(number, layers_.size()); ++number) {
+    const std::vector<std::string>& tensors = layers_[static_cast<size_t>(number)];
+    const bool goes_on = begin.target().has_resume() && number == resume.layer();
+    response.Clear();
+    v1::LayerResult& layer = *response.mutable_layer();
+    layer.mutable_plan()->set_layer(number);
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      v1::TensorDescriptor& tensor = *layer.add_tensors();
+      tensor.set_id(static_cast<uint32_t>(i + 1));
+      tensor.set_kind(i == 0 ? v1::TENSOR_KIND_KEY_PAGES : v1::TENSOR_KIND_VALUE_PAGES);
+      tensor.set_dtype(v1::DTYPE_INT8);
+      tensor.set_byte_size(static_cast<int64_t>(tensors[i].size()));
+    }
+    if (broken()) return lost;
+    stream->Write(response);
+    for (size_t i = goes_on ? static_cast<size_t>(resume.tensor_index()) : 0; i < tensors.size();
+         ++i) {
+      const std::string& bytes = tensors[i];
+      const bool here = goes_on && std::cmp_equal(i, resume.tensor_index());
+      for (size_t at = here ? static_cast<size_t>(resume.offset()) : 0; at < bytes.size();) {
+        if (broken()) return lost;
+        v1::CompressResponse chunk;
+        chunk.set_tensor(static_cast<uint32_t>(i + 1));
+        chunk.set_offset(at);
+        chunk.set_data(bytes.substr(
+            at, left < 0 ? chunk_bytes : std::min(chunk_bytes, static_cast<size_t>(left))));
+        chunk.set_crc32c(wire::Crc32c(chunk.data().data(), chunk.data().size()));
+        at += chunk.data().size();
+        chunk.set_last(at == bytes.size());
+        if (chunk.last()) chunk.set_tensor_crc32c(wire::Crc32c(bytes.data(), bytes.size()));
+        stream->Write(chunk);
+        sent_bytes_ += static_cast<int64_t>(chunk.data().size());
+        if (left > 0) left -= static_cast<int64_t>(chunk.data().size());
+      }
+    }
+  }
+  if (left >= 0) return lost;
+  response.Clear();
+  response.mutable_end()->set_backend("fake");
+  stream->Write(response);
+  return grpc::Status::OK;
+}
+
 FakeServer::FakeServer() {
   grpc::EnableDefaultHealthCheckService(true);
   grpc::ServerBuilder builder;
   builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port_);
   builder.RegisterService(&compression_);
+  builder.RegisterService(&sessions_);
   for (const auto& setting : wire::TransportSettings(wire::Locality::kSameHost)) {
     builder.AddChannelArgument(setting.key, setting.value);
   }

@@ -11,11 +11,13 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "dynsplit/v1/compression.grpc.pb.h"
+#include "dynsplit/v1/sessions.grpc.pb.h"
 
 namespace dynsplit {
 
@@ -70,6 +72,36 @@ class FakeCompression final : public v1::Compression::Service {
   size_t largest_chunk_ ABSL_GUARDED_BY(mu_) = 0;
 };
 
+// Sends what it was given as layers of two tensors each, and loses the connection at will.
+class FakeSessions final : public v1::Sessions::Service {
+ public:
+  using Stream = FakeCompression::Stream;
+
+  // Honours begin.target.resume. Ends with UNAVAILABLE once `break_after_bytes` (of this call) have
+  // been sent, a chunk at a time; beyond all bytes: before the end message. -1 = never.
+  grpc::Status Fetch(grpc::ServerContext* context, Stream* stream) override;
+
+  void set_layers(std::vector<std::vector<std::string>> layers) {
+    absl::MutexLock lock(&mu_);
+    layers_ = std::move(layers);
+  }
+  void set_break_after_bytes(int64_t bytes) {
+    absl::MutexLock lock(&mu_);
+    break_after_bytes_ = bytes;
+  }
+  // Of all calls.
+  int64_t sent_bytes() const {
+    absl::MutexLock lock(&mu_);
+    return sent_bytes_;
+  }
+
+ private:
+  mutable absl::Mutex mu_;
+  std::vector<std::vector<std::string>> layers_ ABSL_GUARDED_BY(mu_);
+  int64_t break_after_bytes_ ABSL_GUARDED_BY(mu_) = -1;
+  int64_t sent_bytes_ ABSL_GUARDED_BY(mu_) = 0;
+};
+
 // A server on a free loopback port.
 class FakeServer {
  public:
@@ -78,9 +110,11 @@ class FakeServer {
 
   std::string target() const;
   FakeCompression& compression() { return compression_; }
+  FakeSessions& sessions() { return sessions_; }
 
  private:
   FakeCompression compression_;
+  FakeSessions sessions_;
   int port_ = 0;
   std::unique_ptr<grpc::Server> server_;
 };

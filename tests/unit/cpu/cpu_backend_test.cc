@@ -7,8 +7,11 @@
 #include <cstring>
 #include <thread>
 
+#include "server/cpu/block_ranks.h"
 #include "server/cpu/decode.h"
+#include "server/cpu/encode_bounds.h"
 #include "server/cpu/thread_pool.h"
+#include "server/pipeline/errors.h"
 #include "server/pipeline/numeric.h"
 #include "tests/oracle/device_session.h"
 #include "tests/oracle/numbers.h"
@@ -96,6 +99,46 @@ TEST(CpuBackend, RefusesMoreThanTheLimit) {
   EXPECT_TRUE(backend->Allocate(10'000'000, *stream).ok());
 }
 
+TEST(CpuBackend, ResidentMemoryIsExactAndUnderTheSameLimit) {
+  const auto backend = MakeBackend(1, 10'000'000);
+  const auto stream = backend->CreateStream().value();
+  Buffer device = backend->AllocateResident(3'000'001, Residence::kDevice).value();
+  const Buffer host = backend->AllocateResident(2'000'003, Residence::kHost).value();
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(device.data()) % 256, 0U);
+  EXPECT_EQ(backend->device_bytes_in_use(), 3'000'001);
+  EXPECT_EQ(backend->host_bytes_in_use(), 2'000'003);
+  for (Residence residence : {Residence::kDevice, Residence::kHost}) {
+    EXPECT_EQ(backend->AllocateResident(4'999'997, residence).status().code(),
+              absl::StatusCode::kResourceExhausted);
+    EXPECT_TRUE(backend->AllocateResident(4'999'996, residence).ok());
+  }
+  device.Reset();
+  EXPECT_EQ(backend->device_bytes_in_use(), 0);
+  EXPECT_TRUE(backend->Allocate(7'999'997, *stream).ok());
+  EXPECT_EQ(backend->AllocateResident(0, Residence::kDevice).value().size_bytes(), 0);
+}
+
+TEST(CpuBackend, HandlesAreUnimplemented) {
+  const auto backend = MakeBackend(1);
+  const Buffer buffer = backend->AllocateResident(64, Residence::kDevice).value();
+  EXPECT_TRUE(backend->info().uuid.empty());
+  const absl::Status statuses[] = {backend->ExportHandle(buffer).status(),
+                                   backend->ImportHandle("handle", 0, 64).status()};
+  for (const absl::Status& status : statuses) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kUnimplemented);
+    EXPECT_EQ(GetErrorDetails(status).type, "UNSUPPORTED_ON_CPU");
+  }
+}
+
+TEST(CpuBackend, RegisteredMemoryIsAnAlias) {
+  const auto backend = MakeBackend(1);
+  std::vector<std::byte> memory(100);
+  const Buffer buffer = backend->RegisterHost(memory.data(), 100).value();
+  EXPECT_EQ(buffer.data(), memory.data());
+  EXPECT_EQ(buffer.size_bytes(), 100);
+  EXPECT_EQ(backend->host_bytes_in_use(), 0);
+}
+
 TEST(CpuBackend, ScratchCountsAgainstTheLimit) {
   const ParityShape shape{.name = "limit", .num_tokens = 4096, .head_dim = 64, .num_queries = 16};
   const HostTensor keys = HostTensor::Cache(shape, 1);
@@ -134,7 +177,8 @@ std::vector<float> FloatResults(Backend& backend, const ParityShape& shape) {
   const int64_t summary = num_blocks * shape.num_kv_heads * shape.head_dim;
   const oracle::KeptSets kept = oracle::RandomKept(shape, 5);
   auto out = session.Poisoned<float>(2 * row + 2 * summary + shape.num_kv_heads * num_blocks +
-                                     3 * shape.num_query_heads);
+                                     3 * shape.num_query_heads +
+                                     shape.num_query_heads * (shape.head_dim + 1));
   float* window = out.data();
   float* differences = window + row;
   float* min = differences + row;
@@ -194,6 +238,24 @@ std::vector<float> FloatResults(Backend& backend, const ParityShape& shape) {
                                      .ref_sq = mass + 2 * shape.num_query_heads},
                                     stream)
                   .ok());
+  float* lse = mass + 3 * shape.num_query_heads;
+  std::vector<float> query(static_cast<size_t>(shape.num_query_heads * shape.head_dim), 0.25F);
+  const AttendTokensItem attend{
+      .queries = DenseView(session.Upload(query), DType::kFloat32, 1, shape.num_query_heads,
+                           shape.head_dim),
+      .keys = keys,
+      .values = values,
+      .tokens = session.Upload(kept.tokens),
+      .num_tokens = kept.num_kept,
+      .tail_keys = DenseView(nullptr, shape.dtype, 0, shape.num_kv_heads, shape.head_dim),
+      .tail_values = DenseView(nullptr, shape.dtype, 0, shape.num_kv_heads, shape.head_dim),
+      .output = lse + shape.num_query_heads,
+      .lse = lse};
+  EXPECT_TRUE(
+      backend
+          .AttendTokens({.items = {&attend, 1}, .groups = kept.groups, .softmax_scale = 0.125F},
+                        stream)
+          .ok());
   return session.Read(std::move(out));
 }
 
@@ -328,6 +390,87 @@ TEST(Encode, RoundsAsNumericDoes) {
   for (size_t i = 0; i < values.size(); ++i) {
     if (std::isnan(values[i])) continue;
     ASSERT_EQ(bytes[i], FloatToFloat8E4M3(values[i])) << values[i];
+  }
+}
+
+// All codes and their neighbourhoods, both ways, against all numbers of the type.
+TEST(EncodeBounds, IsTheNearestNumberOnThatSide) {
+  std::vector<float> values = {0.0F, -0.0F, 0x1p-149F, -0x1p-149F, 1e-30F, -1e-30F};
+  for (uint32_t code = 0; code < 0x10000; ++code) {
+    const auto top = static_cast<uint16_t>(code);
+    const float value =
+        oracle::DecodeElement(DType::kBFloat16, reinterpret_cast<const std::byte*>(&top));
+    if (!(std::fabs(value) <= 448)) continue;
+    values.push_back(value);
+    values.push_back(std::nextafter(value, 1000.0F));
+    values.push_back(std::nextafter(value, -1000.0F));
+  }
+  std::erase_if(values, [](float value) { return std::fabs(value) > 448; });
+  const auto count = static_cast<int64_t>(values.size());
+  for (float scale : {1.0F, 0x1p100F, 0x1p-120F}) {
+    std::vector<float> scaled = values;
+    if (scale != 1) std::erase_if(scaled, [](float value) { return std::fabs(value) < 0x1p-9F; });
+    for (float& value : scaled) value *= scale;
+    if (scale > 1) scaled.insert(scaled.end(), {0x1p-140F, -0x1p-140F});  // vanish when divided
+    for (DType dtype : {DType::kBFloat16, DType::kFloat8E4M3}) {
+      for (bool up : {false, true}) {
+        const double unit = dtype == DType::kFloat8E4M3 ? scale : 1;
+        std::vector<std::byte> actual(scaled.size() * static_cast<size_t>(DTypeBytes(dtype)));
+        cpu::EncodeBounds(dtype, up ? cpu::Rounding::kUp : cpu::Rounding::kDown, scaled.data(),
+                          scale, static_cast<int64_t>(scaled.size()), actual.data());
+        for (size_t i = 0; i < scaled.size(); ++i) {
+          std::byte expected[2] = {};
+          oracle::EncodeBound(dtype, scaled[i] / unit, up, expected);
+          ASSERT_EQ(std::memcmp(actual.data() + static_cast<int64_t>(i) * DTypeBytes(dtype),
+                                expected, static_cast<size_t>(DTypeBytes(dtype))),
+                    0)
+              << scaled[i] << (up ? " up" : " down") << ", scale " << scale;
+        }
+      }
+    }
+  }
+  EXPECT_GT(count, 100'000);
+}
+
+TEST(BoundScale, IsTheSmallestPowerOfTwo) {
+  for (float amax = 0x1p-149F; amax < 3e38F; amax *= 1.37F) {
+    for (float x : {amax, std::nextafter(amax, 0.0F), std::nextafter(amax, 3e38F)}) {
+      ASSERT_EQ(cpu::BoundScale(x), oracle::PowerOfTwoScale(x)) << x;
+    }
+    if (amax < 0x1p-140F) amax *= 2;  // a subnormal times 1.37 may stay what it was
+  }
+  for (int exponent = -120; exponent <= 119; ++exponent) {
+    const float edge = std::ldexp(448.0F, exponent);
+    if (std::isinf(edge)) break;
+    EXPECT_EQ(cpu::BoundScale(edge), std::ldexp(1.0F, exponent));
+    EXPECT_EQ(cpu::BoundScale(std::nextafter(edge, 3.4e38F)), std::ldexp(1.0F, exponent + 1));
+  }
+  EXPECT_EQ(cpu::BoundScale(0), 1);
+}
+
+TEST(CutRanks, TakesBlocksInOrderUntilTheBudgetIsSpent) {
+  const std::vector<float> scores = {1, 5, 5, -2, 9, 0};
+  const std::vector<int32_t> free = {3, 2, 4, 1, 2, 0};
+  const std::vector<int64_t> order = {4, 1, 2, 0, 5, 3};
+  for (int64_t room = 0; room <= 13; ++room) {
+    std::vector<uint64_t> keys;
+    for (size_t j = 0; j < scores.size(); ++j) {
+      keys.push_back(cpu::RankKey(scores[j], static_cast<int64_t>(j)));
+    }
+    const cpu::RankCut cut = cpu::CutRanks(keys, free, room);
+    int64_t left = room;
+    for (int64_t j : order) {
+      const auto index = static_cast<size_t>(j);
+      const uint64_t key = cpu::RankKey(scores[index], j);
+      if (key < cut.key) {
+        left -= free[index];
+      } else if (key == cut.key) {
+        EXPECT_EQ(cut.tokens, left) << room;
+        EXPECT_LT(cut.tokens, free[index]) << room;
+      }
+    }
+    EXPECT_GE(left, 0);
+    EXPECT_EQ(cut.key == UINT64_MAX, room >= 12);
   }
 }
 

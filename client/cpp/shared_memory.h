@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// POSIX shared memory that a caller fills, or lets the server fill, in place:
+//
+//     auto memory = dynsplit::SharedMemory::Create(bytes);
+//     auto region = client->RegisterRegion((*memory)->Registration("step", /*writable=*/true));
+//     tensor.region = dynsplit::SliceOf("step", region->generation(), offset);
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "dynsplit/v1/memory.pb.h"
+#include "dynsplit/v1/types.pb.h"
+
+namespace dynsplit {
+
+// An object of a random name that only this user can open, mapped and zero. The name goes with the
+// object of this class; a server that has registered it keeps its own mapping. Thread-compatible.
+class SharedMemory {
+ public:
+  // RESOURCE_EXHAUSTED where the host has no room for so many bytes, INVALID_ARGUMENT for none.
+  static absl::StatusOr<std::unique_ptr<SharedMemory>> Create(size_t size);
+  ~SharedMemory();
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
+  // As in PosixShm.key: without the leading '/'.
+  const std::string& key() const { return key_; }
+  absl::Span<std::byte> bytes() { return {data_, size_}; }
+
+  // Registers all of it under `name` with a server of this host.
+  v1::RegisterRegionRequest Registration(const std::string& name, bool writable) const;
+
+ private:
+  SharedMemory(std::string key, std::byte* data, size_t size)
+      : key_(std::move(key)), data_(data), size_(size) {}
+
+  const std::string key_;
+  std::byte* const data_;
+  const size_t size_;
+};
+
+// Names the bytes from `offset_bytes` on of a registered region.
+v1::RegionSlice SliceOf(const std::string& name, uint64_t generation, int64_t offset_bytes);
+
+}  // namespace dynsplit
