@@ -13,7 +13,7 @@
 # Expects, from the root:
 #   bin/dynsplitd  lib/*.so*             as in the bundle (lib/libisal.so.2 also computes CRC32C here)
 #   lib/libdynsplit_engine.so            the engine library; or ENGINE=path
-#   bin/bench_gpu                        optional: run by "kernels" where BENCH=1
+#   bin/bench_decode                     optional: run by "kernels"; BENCH=0 leaves it out
 # and from pack, in the root or in ${DATA:-.}:
 #   python/dynsplit  python/gguf         the client with its generated wire code; gguf 0.19.0
 #   tests/eval/*.py                      the evaluation
@@ -127,7 +127,7 @@ run() {  # run MODE LIMIT_S [OPTION...]
 }
 
 bench=()
-[ "${BENCH:-0}" = 1 ] && [ -x bin/bench_gpu ] && bench=(--bench bin/bench_gpu)
+[ "${BENCH:-1}" = 1 ] && [ -x bin/bench_decode ] && bench=(--bench bin/bench_decode)
 case " $modes " in
   *" check "*)
     if ! join_weights; then

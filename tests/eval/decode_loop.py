@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{mode}", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--engine", type=Path, help="libdynsplit_engine.so (with --device cuda)")
-    parser.add_argument("--bench", type=Path, help="bench_gpu, run by --kernels where given")
+    parser.add_argument("--bench", type=Path, help="bench_decode, run by --kernels where given")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="model and texts")
     parser.add_argument("--out", type=Path, help="results as JSON")
     parser.add_argument("--texts", default="prose,code,dialogue")

@@ -11,6 +11,7 @@ where the program is given.
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -28,6 +29,8 @@ from torch_llama import LLAMA_8B
 
 POINTS = ((131072, 1), (32768, 16))  # tokens, batch
 SELECTS = 30
+# name, tokens, sequences, milliseconds of a line of bench_decode
+_BENCH_LINE = re.compile(r"(.{26}) +(\d+) x(\d+) +([0-9.]+) ms")
 ONE_LAYER = dataclasses.replace(LLAMA_8B, num_layers=1)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -128,6 +131,27 @@ def _bench(context: Context) -> str:
     return done.stdout
 
 
+def _bench_ratios(output: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The benchmark's lines at the points of `rows`, with torch's full KV over their time."""
+    full = {(row["tokens"], row["batch"]): row["full_best_seconds"] for row in rows}
+    found = []
+    for line in output.splitlines():
+        match = _BENCH_LINE.match(line)
+        if match is None or (int(match[2]), int(match[3])) not in full:
+            continue
+        point, seconds = (int(match[2]), int(match[3])), float(match[4]) * 1e-3
+        found.append(
+            {
+                "name": match[1].strip(),
+                "tokens": point[0],
+                "batch": point[1],
+                "seconds": seconds,
+                "full_over_this": full[point] / seconds,
+            }
+        )
+    return found
+
+
 def run(context: Context) -> dict[str, Any]:
     """Both points, then the C++ benchmark."""
     if not context.on_gpu:
@@ -144,7 +168,9 @@ def run(context: Context) -> dict[str, Any]:
         ours = row["select_device_seconds"] + row["attend_seconds"]
         row["ratio"] = row["full_best_seconds"] / ours
         rows.append(row)
-    return {"rows": rows, "bench": _bench(context)}
+    torch.cuda.empty_cache()
+    output = _bench(context)
+    return {"rows": rows, "bench_output": output, "bench": _bench_ratios(output, rows)}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -164,8 +190,14 @@ def table(result: dict[str, Any]) -> list[str]:
             f"{row['attend_seconds'] * 1e3:7.3f} {both * 1e3:7.3f} {row['ratio']:8.2f} "
             f"{row['full_best_seconds'] / row['attend_seconds']:11.2f}"
         )
-    wanted = ("attend", "select_blocks", "score_blocks", "chain", "decode", "step")
-    bench = [line for line in result["bench"].splitlines() if any(w in line for w in wanted)]
-    if bench:
-        lines += ["C++ benchmark (device time, no RPC):", *bench[:24]]
+    wanted = [row for row in result["bench"] if row["name"].startswith(("step", "attend_tokens"))]
+    if wanted:
+        lines.append("C++ benchmark (device time, no RPC) beside torch's full KV of this run:")
+    for row in wanted:
+        lines.append(
+            f"{row['name']:26} {row['tokens']:7} x{row['batch']:<3} {row['seconds'] * 1e3:8.4f} ms "
+            f" full/this {row['full_over_this']:6.2f}"
+        )
+    if result["bench_output"].startswith("bench failed"):
+        lines.append(result["bench_output"])
     return lines
