@@ -29,6 +29,11 @@ if TYPE_CHECKING:
     from dynsplit.engine import Engine, MappedSession
 
 APPEND_EVERY = 32
+_ALIGNMENT = 64  # elements: a sequence's part of a region begins at a multiple of 16 bytes
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGNMENT) * _ALIGNMENT
 
 
 class Attention(Protocol):
@@ -117,7 +122,9 @@ class Options:
     """How a session is read."""
 
     budget: int | None = None  # tokens a KV head; None = all
-    exact: bool = False  # one Select a layer, with its own queries; else one a step, a step ahead
+    # One Select a layer, with its own queries (n * Hkv a multiple of 4: regions' alignment); else
+    # one a step, a step ahead.
+    exact: bool = False
     append_every: int = APPEND_EVERY
     # Select's queries are sqrt(1 - drift^2) of those it was primed with and drift of the step's
     # own; 1 = the step's own. Less than 1 gives random weights the likeness that a real model's
@@ -267,12 +274,11 @@ class GatheredAttention(SessionAttention):
         """See `SessionAttention`; with `engine` its kernel attends, else torch."""
         super().__init__(client, buffers, shape, sessions, num_tokens, like, options, room)
         row_elements = shape.num_layers * shape.num_kv_heads * shape.head_dim
-        slots = (len(sessions), self.max_rows * row_elements)
+        slots = (len(sessions), _aligned(self.max_rows * row_elements))
         self._keys = buffers.allocate(like.dtype, *slots)
         self._values = buffers.allocate(like.dtype, *slots)
-        self._held = buffers.allocate(
-            torch.int32, len(sessions), shape.num_layers * shape.num_kv_heads * self.max_rows
-        )
+        rows = _aligned(shape.num_layers * shape.num_kv_heads * self.max_rows)
+        self._held = buffers.allocate(torch.int32, len(sessions), rows)
         self._tokens = buffers.allocate(torch.int32, *self._held.tensor.shape)
         self._generations = [0] * len(sessions)
         self._engine = engine
@@ -346,7 +352,7 @@ class MappedAttention(SessionAttention):
         """Maps the sessions; `close` unmaps them."""
         super().__init__(client, buffers, shape, sessions, num_tokens, like, options, room)
         self._engine = engine
-        rows = shape.num_layers * shape.num_kv_heads * self.max_rows
+        rows = _aligned(shape.num_layers * shape.num_kv_heads * self.max_rows)
         self._tokens = buffers.allocate(torch.int32, len(sessions), rows)
         self._mapped: list[MappedSession] = [engine.map(client, session) for session in sessions]
 

@@ -56,7 +56,11 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionCl
             yield connected
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            raise
 
 
 def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:
