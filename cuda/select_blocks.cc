@@ -7,9 +7,7 @@ namespace dynsplit::kernels {
 
 int64_t SelectRunBlocks(int64_t num_blocks) {
   constexpr int64_t kLine = 32;
-  constexpr int64_t kBlocksOfOneLineRuns = kLine * kSelectThreads;
-  return std::max<int64_t>((num_blocks + kBlocksOfOneLineRuns - 1) / kBlocksOfOneLineRuns, 1) *
-         kLine;
+  return std::max<int64_t>((num_blocks + kSelectThreads - 1) / kSelectThreads, 1) * kLine;
 }
 
 }  // namespace dynsplit::kernels

@@ -39,14 +39,18 @@ std::string DescribeSession(const v1::SessionInfo& session) {
   const v1::SessionBytes& bytes = session.bytes();
   const auto key_value = static_cast<double>(bytes.key_value());
   const auto index = static_cast<double>(bytes.index());
-  return absl::StrCat(
-      "session   ", session.session_id(), "\n", DescribePolicy(session.policy()), "\n",
-      HumanCount(session.shape().num_tokens()), " tokens in ", HumanCount(session.num_blocks()),
-      " blocks, the open one from ", HumanCount(session.open_block_begin()), " on; room for ",
-      HumanCount(session.capacity_tokens()), "\n", "K and V   ", HumanBytes(key_value), " ",
-      ResidenceText(session), "\n", "index     ", HumanBytes(index), " (",
-      Percent(index / key_value), " of K and V)\n", "lease     ",
-      HumanDuration(absl::Seconds(session.lease_seconds_left())), " unless used\n");
+  const int64_t tokens = session.shape().num_tokens();
+  const std::string open_block =
+      session.open_block_begin() < tokens
+          ? absl::StrCat(", the last open from ", HumanCount(session.open_block_begin()), " on")
+          : ", none open";
+  return absl::StrCat("session   ", session.session_id(), "\npolicy    ",
+                      DescribePolicy(session.policy()), "\ntokens    ", HumanCount(tokens), " in ",
+                      HumanCount(session.num_blocks()), " blocks", open_block, "; room for ",
+                      HumanCount(session.capacity_tokens()), "\nK and V   ", HumanBytes(key_value),
+                      " ", ResidenceText(session), "\nindex     ", HumanBytes(index), " (",
+                      Percent(index / key_value), " of K and V)\nlease     ",
+                      HumanDuration(absl::Seconds(session.lease_seconds_left())), " unless used\n");
 }
 
 std::string DescribeSteps(const StepsReport& steps) {

@@ -147,7 +147,8 @@ TEST_F(SessionLifecycleTest, LeasesEndAndAreRenewedByUse) {
   }
   ExpectError(server_->client().GetSession(GetRequest(used)).status(), kMissing, "SESSION_EXPIRED");
   EXPECT_GT(server_->Get(renewed).lease_seconds_left(), 80);
-  EXPECT_EQ(server_->Release(idle), 0);
+  ExpectError(server_->client().ReleaseSession(ReleaseRequest(idle)).status(), kMissing,
+              "SESSION_EXPIRED");
   server_->Release(renewed);
 }
 
@@ -238,14 +239,12 @@ TEST_F(SessionLifecycleTest, AppendsAreAtTheEndAndWithinTheRoom) {
   server_->Release(id);
 }
 
-// An Append driven message by message.
-struct RawAppend {
-  RawAppend(SessionServer& server, const Sequence& sequence, const std::string& id, int64_t begin,
-            int64_t end)
+// A stream driven message by message.
+struct RawCall {
+  RawCall(SessionServer& server, SessionCall call, const CompressJob& job)
       : stub(v1::Sessions::NewStub(server.server().unix_channel())) {
     context.set_deadline(absl::ToChronoTime(absl::Now() + absl::Seconds(30)));
-    stream = e2e::Open(*stub, SessionCall::kAppend, context);
-    const CompressJob job = AppendJob(sequence, id, begin, end);
+    stream = e2e::Open(*stub, call, context);
     Script script;
     script.begin = job.begin;
     for (const InputTensor& input : job.tensors) {
@@ -274,6 +273,12 @@ struct RawAppend {
   grpc::ClientContext context;
   std::unique_ptr<CallStream> stream;
   std::vector<v1::CompressRequest> messages;
+};
+
+struct RawAppend : RawCall {
+  RawAppend(SessionServer& server, const Sequence& sequence, const std::string& id, int64_t begin,
+            int64_t end)
+      : RawCall(server, SessionCall::kAppend, AppendJob(sequence, id, begin, end)) {}
 };
 
 TEST_F(SessionLifecycleTest, AppendsCutOffLeaveTheSessionAsItWas) {
@@ -348,16 +353,14 @@ TEST_F(SessionLifecycleTest, ReleaseWhileInUseWaitsForTheUse) {
 
 TEST_F(SessionLifecycleTest, OpensCutOffLeaveNothing) {
   Start();
-  CompressJob job = OpenJob(sequence_, sequence_.tokens());
-  for (int messages = 1; messages <= 2; ++messages) {
-    Cancellation cancellation;
-    job.cancellation = &cancellation;
-    int seen = 0;
-    job.on_progress = [&](const Progress&) {
-      if (++seen == messages) cancellation.Cancel();
-    };
-    const absl::Status status = server_->client().OpenSession(job).status();
-    EXPECT_TRUE(absl::IsCancelled(status)) << status;
+  const CompressJob job = OpenJob(sequence_, sequence_.tokens());
+  const size_t num_messages = RawCall(*server_, SessionCall::kOpen, job).messages.size();
+  for (size_t sent = 1; sent < num_messages; ++sent) {  // all but the end
+    RawCall open(*server_, SessionCall::kOpen, job);
+    ASSERT_TRUE(open.Begin()) << open.Finish();
+    for (size_t i = 1; i < sent; ++i) ASSERT_TRUE(open.stream->Write(open.messages[i]));
+    open.context.TryCancel();
+    EXPECT_TRUE(absl::IsCancelled(open.Finish()));
     ExpectUnharmed();
   }
 }

@@ -73,56 +73,65 @@ TEST_F(SessionsTest, FullBudgetReadsAllAndFetchReturnsWhatWasOpened) {
   }
 }
 
-// The messages of a Fetch by hand, so that it can begin anywhere.
-std::vector<v1::CompressRequest> FetchMessages(const std::string& id,
-                                               const v1::SessionTarget::Resume* resume) {
-  Script script;
-  script.begin.mutable_target()->set_session_id(id);
-  script.begin.mutable_policy()->mutable_encoding()->set_key(v1::Encoding::FORMAT_INT8);
-  script.begin.mutable_policy()->mutable_encoding()->set_scale_granularity(
-      v1::SCALE_GRANULARITY_TOKEN_HEAD);
-  script.begin.set_max_chunk_bytes(4096);
-  if (resume != nullptr) *script.begin.mutable_target()->mutable_resume() = *resume;
-  return Messages(script);
+// What a Fetch that broke there would have left: bytes from `offset` on are rubbish.
+PartialFetch PartOf(const CompressResult& whole, size_t layer, size_t index, int64_t offset) {
+  PartialFetch partial;
+  partial.num_layers = partial.last_layer = static_cast<int32_t>(layer);
+  --partial.last_layer;
+  partial.tensor_index = static_cast<int32_t>(index);
+  partial.offset = offset;
+  LayerOutput& open = partial.open.emplace();
+  open.result = whole.layers[layer].result;
+  for (size_t i = 0; i < whole.layers[layer].tensors.size(); ++i) {
+    const OutputTensor& from = whole.layers[layer].tensors[i];
+    OutputTensor& to = open.tensors.emplace_back();
+    to.descriptor = from.descriptor;
+    to.data = *AlignedBuffer::Allocate(from.data.size());
+    std::memset(to.data.data(), 0x5a, to.data.size());
+    const size_t had = i < index ? from.data.size() : i == index ? static_cast<size_t>(offset) : 0;
+    std::memcpy(to.data.data(), from.data.bytes().data(), had);
+  }
+  return partial;
 }
 
 TEST_F(SessionsTest, FetchGoesOnFromAnyByteOfAnyTensor) {
   const Sequence sequence = RandomSequence({.num_layers = 3, .num_tokens = 131});
   const std::string id = server_->OpenAll(sequence);
-  const auto stub = v1::Sessions::NewStub(server_->server().unix_channel());
-  const Reply whole = Exchange(*stub, SessionCall::kFetch, FetchMessages(id, nullptr));
-  ASSERT_TRUE(whole.status.ok()) << whole.status.error_message();
-  ASSERT_EQ(whole.layers.size(), 3U);
-  for (int32_t l = 0; l < 3; ++l) {
-    const auto& tensors = whole.layers[static_cast<size_t>(l)].tensors();
-    ASSERT_GE(tensors.size(), 3);  // keys with scales, values
-    for (int32_t i = 0; i < tensors.size(); ++i) {
-      const int64_t size = tensors.Get(i).byte_size();
+  const auto client =
+      *Client::Connect("unix:" + server_->server().unix_socket(), {.chunk_bytes = 4096});
+  CompressJob job;
+  job.begin.mutable_target()->set_session_id(id);
+  job.begin.mutable_policy()->mutable_encoding()->set_key(v1::Encoding::FORMAT_INT8);
+  job.begin.mutable_policy()->mutable_encoding()->set_scale_granularity(
+      v1::SCALE_GRANULARITY_TOKEN_HEAD);
+  const absl::StatusOr<CompressResult> whole = client->FetchSession(job);
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  ASSERT_EQ(whole->layers.size(), 3U);
+  for (size_t l = 0; l < 3; ++l) {
+    const std::vector<OutputTensor>& tensors = whole->layers[l].tensors;
+    EXPECT_GE(tensors.size(), 3U);  // keys with scales, values
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const auto size = static_cast<int64_t>(tensors[i].data.size());
       for (const int64_t offset : {int64_t{0}, int64_t{1}, size / 2, int64_t{4096}, size - 1}) {
         if (offset >= size) continue;
-        v1::SessionTarget::Resume resume;
-        resume.set_layer(l);
-        resume.set_tensor_index(i);
-        resume.set_offset(offset);
-        Reply had;
-        const uint32_t tensor_id = tensors.Get(i).id();
-        had.bytes[tensor_id] = whole.bytes.at(tensor_id).substr(0, static_cast<size_t>(offset));
-        const Reply rest = Exchange(*stub, SessionCall::kFetch, FetchMessages(id, &resume), had);
         SCOPED_TRACE(absl::StrCat("layer ", l, " tensor ", i, " offset ", offset));
-        ASSERT_TRUE(rest.status.ok()) << rest.status.error_message();
-        EXPECT_EQ(rest.wire_problem, "");  // checksums of whole tensors hold
-        ASSERT_EQ(rest.layers.size(), static_cast<size_t>(3 - l));
-        EXPECT_EQ(rest.layers[0].plan().layer(), l);
-        size_t expected = 0;
-        for (int32_t later = l; later < 3; ++later) {
-          const auto& of_layer = whole.layers[static_cast<size_t>(later)].tensors();
-          for (int32_t j = later == l ? i : 0; j < of_layer.size(); ++j, ++expected) {
-            const uint32_t each = of_layer.Get(j).id();
-            ASSERT_TRUE(rest.bytes.count(each)) << "tensor " << each << " did not come";
-            EXPECT_TRUE(rest.bytes.at(each) == whole.bytes.at(each)) << "tensor " << each;
+        PartialFetch partial = PartOf(*whole, l, i, offset);
+        job.partial = &partial;
+        const absl::StatusOr<CompressResult> rest = client->FetchSession(job);
+        if (!rest.ok() || rest->layers.size() != 3 - l) {
+          ADD_FAILURE() << rest.status();
+          continue;
+        }
+        int64_t missing = -offset;
+        for (size_t later = l; later < 3; ++later) {
+          for (size_t j = 0; j < whole->layers[later].tensors.size(); ++j) {
+            const OutputTensor& expected = whole->layers[later].tensors[j];
+            EXPECT_TRUE(rest->layers[later - l].tensors[j].data.bytes() == expected.data.bytes())
+                << "layer " << later << " tensor " << j;
+            if (later > l || j >= i) missing += static_cast<int64_t>(expected.data.size());
           }
         }
-        EXPECT_EQ(rest.bytes.size(), expected);
+        EXPECT_EQ(rest->received_bytes, missing) << "bytes were sent again";
       }
     }
   }
@@ -539,8 +548,8 @@ float FromBFloat16(const char* at) {
 
 // V2F as the oracle has it: exact bounds, double scores.
 std::vector<int32_t> OracleTokens(const Sequence& sequence, size_t layer,
-                                  const std::vector<int32_t>& starts, const std::string& query,
-                                  int64_t num_selected) {
+                                  const std::vector<int32_t>& starts, int64_t open_begin,
+                                  const std::string& query, int64_t num_selected) {
   const v1::SequenceShape& shape = sequence.shape;
   const auto num_blocks = static_cast<int64_t>(starts.size()) - 1;
   SummarizeBlocksParams summarize;
@@ -568,8 +577,7 @@ std::vector<int32_t> OracleTokens(const Sequence& sequence, size_t layer,
   select.num_blocks = num_blocks;
   select.num_tokens = shape.num_tokens();
   select.prefix_end = 4;
-  select.suffix_begin =
-      std::min<int64_t>(shape.num_tokens() - 32, starts[static_cast<size_t>(num_blocks) - 1]);
+  select.suffix_begin = std::min<int64_t>(shape.num_tokens() - 32, open_begin);
   select.num_selected = num_selected;
   return oracle::SelectBlocks(select, shape.num_kv_heads());
 }
@@ -587,7 +595,8 @@ TEST_F(SessionsTest, RealSampleSelectsTheOraclesTokens) {
     const std::vector<int32_t> starts =
         Int32s({reinterpret_cast<const char*>(tensor->data.bytes().data()), tensor->data.size()});
     ASSERT_EQ(static_cast<int64_t>(starts.size()), info.num_blocks() + 1);
-    ASSERT_EQ(starts[starts.size() - 2], info.open_block_begin());
+    const int64_t open_begin = info.open_block_begin();  // T where none is open
+    ASSERT_TRUE(open_begin == sequence.tokens() || open_begin == starts[starts.size() - 2]);
     for (const int64_t behind : {0, 7, 31}) {
       for (const int64_t budget : {int64_t{128}, int64_t{400}}) {
         v1::SequenceStep step = StepOf(sequence, info.session_id(), behind);
@@ -596,8 +605,8 @@ TEST_F(SessionsTest, RealSampleSelectsTheOraclesTokens) {
         ASSERT_EQ(static_cast<int64_t>(tokens.size()), 3 * 3 * budget);
         for (size_t l = 0; l < 3; ++l) {
           const size_t row = step.query_data().size() / 3;
-          const std::vector<int32_t> expected =
-              OracleTokens(sequence, l, starts, step.query_data().substr(l * row, row), budget);
+          const std::vector<int32_t> expected = OracleTokens(
+              sequence, l, starts, open_begin, step.query_data().substr(l * row, row), budget);
           const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(l * expected.size());
           EXPECT_EQ(
               std::vector<int32_t>(first, first + static_cast<std::ptrdiff_t>(expected.size())),

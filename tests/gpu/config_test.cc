@@ -159,15 +159,15 @@ TEST(ScoreConfigTest, BatchesTakeAllItemsWithinTheirLimits) {
   EXPECT_EQ(ScoreBatchSize(shape, std::vector<int64_t>(1000, 3)), kernels::kScoreBatchItems);
 }
 
-TEST(SelectConfigTest, RunsCoverBlocksWithAThreadEach) {
+TEST(SelectConfigTest, RunsCoverBlocksWithAWarpEach) {
   for (int64_t num_blocks : {0, 1, 31, 32, 33, 9362, 32 * 1024, 32 * 1024 + 1, 1 << 30}) {
     const int64_t run_blocks = SelectRunBlocks(num_blocks);
     EXPECT_GE(run_blocks, 32);
     EXPECT_EQ(run_blocks % 32, 0);
-    EXPECT_LE((num_blocks + run_blocks - 1) / run_blocks, kernels::kSelectThreads);
+    EXPECT_LE((num_blocks + run_blocks - 1) / run_blocks, kernels::kSelectThreads / 32);
   }
-  EXPECT_EQ(SelectRunBlocks(32 * 1024), 32);
-  EXPECT_EQ(SelectRunBlocks(32 * 1024 + 1), 64);
+  EXPECT_EQ(SelectRunBlocks(1024), 32);
+  EXPECT_EQ(SelectRunBlocks(1024 + 1), 64);
 }
 
 TEST(PinnedCacheTest, ClassesAreAtMostAQuarterLarger) {

@@ -25,6 +25,10 @@ Array = npt.NDArray[np.float32]
 # [T, Hkv, D]); queries and keys are after RoPE. The arrays are not reused afterwards.
 LayerObserver = Callable[[int, Array, Array, Array], None]
 
+# Replaces attention: (layer index, queries [T, Hq, D], keys [T, Hkv, D], values [T, Hkv, D]) of the
+# tokens at hand -> [T, Hq * D]; queries and keys are after RoPE.
+Attention = Callable[[int, Array, Array, Array], Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -78,7 +82,7 @@ class LlamaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
+class LlamaLayer:
     """Weights of one layer; matrices are [out, in]."""
 
     attn_norm: Array
@@ -184,12 +188,12 @@ class LlamaModel:
             tensor = tensors[name]
             return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
 
-        self._embedding = load("token_embd.weight")
+        self.embedding = load("token_embd.weight")
         tied = "output.weight" not in tensors
-        self._output = self._embedding if tied else load("output.weight")
-        self._output_norm = load("output_norm.weight")
-        self._layers = [
-            _Layer(
+        self.output = self.embedding if tied else load("output.weight")
+        self.output_norm = load("output_norm.weight")
+        self.layers = [
+            LlamaLayer(
                 attn_norm=load(f"blk.{i}.attn_norm.weight"),
                 wq=halves_from_pairs(load(f"blk.{i}.attn_q.weight"), self.config.num_query_heads),
                 wk=halves_from_pairs(load(f"blk.{i}.attn_k.weight"), self.config.num_kv_heads),
@@ -204,35 +208,44 @@ class LlamaModel:
         ]
 
     def hidden_states(
-        self, token_ids: npt.NDArray[np.int32], observe: LayerObserver | None = None
+        self,
+        token_ids: npt.NDArray[np.int32],
+        observe: LayerObserver | None = None,
+        first_position: int = 0,
+        attend: Attention | None = None,
     ) -> Array:
-        """Runs every layer over one sequence.
+        """Runs every layer over one sequence, or over its newest tokens.
 
         Args:
-            token_ids: [T], positions 0..T-1.
+            token_ids: [T], positions first_position..first_position+T-1.
             observe: called once a layer with its queries, keys and values.
+            first_position: position of token_ids[0].
+            attend: attention over these tokens and all before them; None where there are none
+                before.
 
         Returns:
             Final hidden states after the output norm, [T, E].
         """
         config, tokens = self.config, len(token_ids)
-        cos, sin = rope_tables(tokens, config.rotary_dim, config.rope_theta)
-        x: Array = self._embedding[token_ids]
-        for index, layer in enumerate(self._layers):
+        cos, sin = rope_tables(first_position + tokens, config.rotary_dim, config.rope_theta)
+        cos, sin = cos[first_position:], sin[first_position:]
+        x: Array = self.embedding[token_ids]
+        for index, layer in enumerate(self.layers):
             h = self._rms_norm(x, layer.attn_norm)
             q = rotate((h @ layer.wq.T).reshape(tokens, -1, config.head_dim), cos, sin)
             k = rotate((h @ layer.wk.T).reshape(tokens, -1, config.head_dim), cos, sin)
             v = (h @ layer.wv.T).reshape(tokens, -1, config.head_dim)
             if observe is not None:
                 observe(index, q, k, v)
-            x += causal_attention(q, k, v) @ layer.wo.T
+            mixed = causal_attention(q, k, v) if attend is None else attend(index, q, k, v)
+            x += mixed @ layer.wo.T
             h = self._rms_norm(x, layer.ffn_norm)
             x += (silu(h @ layer.gate.T) * (h @ layer.up.T)) @ layer.down.T
-        return self._rms_norm(x, self._output_norm)
+        return self._rms_norm(x, self.output_norm)
 
     def logits(self, hidden: Array) -> Array:
         """Next-token logits [N, vocab] of final hidden states [N, E]."""
-        scores: Array = hidden @ self._output.T
+        scores: Array = hidden @ self.output.T
         return scores
 
     def perplexity(
