@@ -22,7 +22,7 @@ const prometheus::Histogram::BucketBoundaries& SecondsBuckets() {
 // A decode step is short: a Select is meant to take tens of microseconds.
 const prometheus::Histogram::BucketBoundaries& SelectBuckets() {
   static const auto& buckets = *new prometheus::Histogram::BucketBoundaries{
-      1e-5, 2.5e-5, 5e-5, 7.5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.1, 1};
+      1e-5, 2.5e-5, 5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.1, 1};
   return buckets;
 }
 
