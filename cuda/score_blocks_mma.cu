@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exponent.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/operations.h"
@@ -307,6 +308,7 @@ template <typename TilesOf>
 __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
     ScoreTilesKernel(const __grid_constant__ Batch batch) {
   __shared__ typename TilesOf::Shared shared;
+  AllowDependents();
   const Item& item = batch.items[blockIdx.z];
   const int h = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -352,6 +354,8 @@ __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Batch batch) {
   constexpr int kAhead = 4;  // rows whose logits are requested before the log-sum-exps are there
   __shared__ float lse[kScoreMaxRows];
+  AllowDependents();
+  WaitForEarlierGrids();
   const Item& item = batch.items[blockIdx.z];
   const int h = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -367,6 +371,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   }
   for (int r = static_cast<int>(threadIdx.x) / kWarp; r < batch.rows; r += kWarps) {
     SoftmaxSum total;
+#pragma unroll 4
     for (int64_t tile = lane; tile < rows.tiles; tile += kWarp) {
       const float2 partial = rows.partials[r * rows.tiles + tile];
       total.Merge({partial.x, partial.y});
@@ -483,8 +488,11 @@ absl::Status ScoreTiles(const ScoreBlocksParams& params, const ScoreShape& shape
   LaunchTypes(batch, shape, IsBound(items[0]), grid(kScoreTileBlocks), launch.stream);
   absl::Status status = LaunchStatus("ScoreTilesKernel");
   if (!status.ok()) return status;
-  CombineKernel<<<grid(kThreads), kThreads, 0, launch.stream>>>(batch);
-  return LaunchStatus("CombineKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid(kThreads);
+  config.blockDim = dim3(kThreads);
+  config.stream = launch.stream;
+  return CudaStatus(LaunchDependent(config, CombineKernel, batch), "CombineKernel");
 }
 
 }  // namespace dynsplit::kernels
