@@ -394,12 +394,18 @@ void CompressionCall::Fail(absl::Status status, const char* rejection) {
 
 void CompressionCall::OnCancel() {
   const bool late = absl::Now() >= deadline_;
+  std::string published;
+  std::string tenant;
   const char* phase = "send";
   {
     absl::MutexLock lock(&mu_);
     if (phase_ == Phase::kBegin || phase_ == Phase::kWaiting) phase = "queue";
     if (phase_ == Phase::kReceiving) phase = "receive";
+    published.swap(published_);
+    tenant = tenant_;
   }
+  // The caller may not have heard of it.
+  if (!published.empty()) (void)services_.sessions.Release(published, tenant);
   if (Settle(late ? absl::DeadlineExceededError("the deadline passed")
                   : absl::CancelledError("the caller cancelled"))) {
     services_.metrics.Cancelled(phase);
@@ -423,6 +429,7 @@ grpc::ByteBuffer CompressionCall::EncodeEnd() {
   if (end_->opened != nullptr) {
     // Not before: nothing is kept of a call that does not get here.
     services_.sessions.Publish(end_->opened);
+    published_ = end_->opened->id();
     end_->session = Snapshot(*end_->opened, services_.sessions);
   }
   if (end_->session.has_value()) {

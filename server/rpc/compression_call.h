@@ -110,6 +110,7 @@ class CompressionCall final : public ResultSink,
   absl::Time write_started_ ABSL_GUARDED_BY(mu_);
   absl::Duration sending_ ABSL_GUARDED_BY(mu_);
   std::optional<absl::Status> settled_ ABSL_GUARDED_BY(mu_);
+  std::string published_ ABSL_GUARDED_BY(mu_);  // session that the end tells of
   bool let_go_ ABSL_GUARDED_BY(mu_) = false;    // of the request, so that Finish may be called
   bool finished_ ABSL_GUARDED_BY(mu_) = false;  // Finish was called
 

@@ -23,8 +23,12 @@ std::vector<Outgoing> ResultEncoder::Encode(const SequenceOutput& output) {
 
 absl::StatusOr<std::vector<Outgoing>> ResultEncoder::Encode(const ComputedLayer& output) {
   FetchResume resume;
-  if (resume_.has_value() && resume_->layer == output.plan->layer) resume = *resume_;
   const auto num_tensors = static_cast<int32_t>(output.tensors.size());
+  if (resume_.has_value() && resume_->layer == output.plan->layer) {
+    resume = *resume_;
+    // Tensors have the numbers that they had in the stream that broke; all layers have as many.
+    next_tensor_id_ += static_cast<uint32_t>(resume.num_skipped_layers * num_tensors);
+  }
   if (resume.tensor_index > num_tensors) {
     return InvalidField(
         "target.resume.tensor_index",

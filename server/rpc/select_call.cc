@@ -7,9 +7,9 @@
 
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
-#include "server/rpc/result_adapter.h"
 #include "server/rpc/select_adapter.h"
 #include "server/rpc/session_adapter.h"
+#include "server/rpc/unary.h"
 #include "server/runtime/log.h"
 #include "server/runtime/select_work.h"
 
@@ -103,7 +103,6 @@ void Run(SelectCall call, Backend& backend, Stream& stream) {
 grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRequest& request,
                                           v1::SelectResponse& response,
                                           grpc::CallbackServerContext& context) {
-  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
   SelectCall call = {.services = services,
                      .response = response,
                      .context = context,

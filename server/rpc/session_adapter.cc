@@ -195,7 +195,9 @@ absl::Status DecodeFetch(const v1::Begin& begin, RequestSpec& spec) {
   }
   if (!begin.target().has_resume()) return absl::OkStatus();
   const v1::SessionTarget::Resume& resume = begin.target().resume();
-  if (!std::binary_search(spec.fetch_layers.begin(), spec.fetch_layers.end(), resume.layer())) {
+  const auto place =
+      std::lower_bound(spec.fetch_layers.begin(), spec.fetch_layers.end(), resume.layer());
+  if (place == spec.fetch_layers.end() || *place != resume.layer()) {
     return InvalidField("target.resume.layer",
                         absl::StrCat("is ", resume.layer(), "; must be one of target.layers"));
   }
@@ -208,7 +210,10 @@ absl::Status DecodeFetch(const v1::Begin& begin, RequestSpec& spec) {
                         absl::StrCat("is ", resume.offset(), "; must be >= 0"));
   }
   spec.fetch_resume = {
-      .layer = resume.layer(), .tensor_index = resume.tensor_index(), .offset = resume.offset()};
+      .layer = resume.layer(),
+      .tensor_index = resume.tensor_index(),
+      .offset = resume.offset(),
+      .num_skipped_layers = static_cast<int32_t>(place - spec.fetch_layers.begin())};
   return absl::OkStatus();
 }
 

@@ -80,6 +80,7 @@ struct FetchResume {
   int32_t layer = 0;
   int32_t tensor_index = 0;
   int64_t offset = 0;
+  int32_t num_skipped_layers = 0;  // of those wanted, before `layer`
 };
 
 struct RequestSpec {

@@ -337,7 +337,7 @@ std::vector<BadCase> TensorCases() {
        [](Script& s) { Key(s).set_byte_size((int64_t{1} << 40) + 1); }},
       {"LayersOfOtherType", kInvalid, "tensors[4].dtype",
        [](Script& s) { Key(s, 1).set_dtype(v1::DTYPE_FLOAT16); }},
-      {"RegionLocation", kLacking, "LOCATION",
+      {"RegionLocation", kLacking, "REGIONS_OFF",
        [](Script& s) { Key(s).mutable_location()->mutable_region()->set_name("r"); }},
       {"SessionLocation", kLacking, "LOCATION",
        [](Script& s) { Key(s).mutable_location()->set_session_id("x"); }},

@@ -345,8 +345,8 @@ void AddKept(CompressJob& job, const int32_t (&tokens)[N]) {
   tensor.dtype = v1::DTYPE_INT32;
   tensor.bytes = {reinterpret_cast<const std::byte*>(tokens), N * 4};
 }
-constexpr int32_t kUnsorted[] = {5, 3, 9};
-constexpr int32_t kBeyond[] = {5, 9, 96};
+constexpr int32_t kUnsorted[] = {1, 2, 3, 5, 3, 9};  // two heads
+constexpr int32_t kBeyond[] = {1, 2, 3, 5, 9, 96};
 
 std::vector<StreamCase> OpenCases() {
   const auto open = [](const char* name, Code code, const char* names,
@@ -357,9 +357,9 @@ std::vector<StreamCase> OpenCases() {
   using Job = CompressJob;
   using P = v1::Policy;
   return {
-      open("Evict", Code::kUnimplemented, "",
+      open("Evict", kInvalid, "policy.transform",
            [](Job&, P& p) { p.set_transform(v1::TRANSFORM_EVICT); }),
-      open("WindowQueries", Code::kUnimplemented, "",
+      open("WindowQueries", kInvalid, "policy.scoring.method",
            [](Job&, P& p) { p.mutable_scoring()->set_method(v1::Scoring::METHOD_WINDOW_QUERIES); }),
       open("ScopeGlobal", Code::kUnimplemented, "",
            [](Job&, P& p) { p.set_scope(v1::SCOPE_GLOBAL); }),
@@ -423,7 +423,7 @@ std::vector<StreamCase> TargetCases() {
        [](CompressJob& job, World&) { job.begin.mutable_target()->set_position(-1); }},
       {"AppendOfOtherHeads", kInvalid, "shape", SessionCall::kAppend,
        [](CompressJob& job, World&) { job.begin.mutable_shape()->set_num_kv_heads(4); }},
-      {"AppendOfOtherType", kInvalid, "dtype", SessionCall::kAppend,
+      {"AppendOfOtherType", kInvalid, "tensors", SessionCall::kAppend,
        [](CompressJob& job, World&) {
          for (InputTensor& tensor : job.tensors) {
            if (tensor.layer.has_value()) tensor.dtype = v1::DTYPE_FLOAT16;
@@ -454,9 +454,9 @@ std::vector<StreamCase> TargetCases() {
        [](CompressJob& job, World&) {
          job.begin.mutable_target()->mutable_resume()->set_offset(int64_t{1} << 40);
        }},
-      {"FetchKeptUnsorted", kInvalid, "kept", SessionCall::kFetch,
+      {"FetchKeptUnsorted", kInvalid, "tensors[0]", SessionCall::kFetch,
        [](CompressJob& job, World&) { AddKept(job, kUnsorted); }},
-      {"FetchKeptBeyond", kInvalid, "kept", SessionCall::kFetch,
+      {"FetchKeptBeyond", kInvalid, "tensors[0]", SessionCall::kFetch,
        [](CompressJob& job, World&) { AddKept(job, kBeyond); }},
       {"FetchContiguousWithoutRope", kInvalid, "rope", SessionCall::kFetch,
        [](CompressJob& job, World&) {

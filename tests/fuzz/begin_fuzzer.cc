@@ -11,6 +11,7 @@
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
 #include "server/runtime/layer_work.h"
+#include "tests/fuzz/begin_seeds.h"
 
 namespace {
 
@@ -69,6 +70,13 @@ void CheckAccepted(const RequestSpec& spec, const dynsplit::v1::Begin& begin) {
     CheckExtent(tensor);
   }
   Check(spec.max_open_layers >= 1 && spec.max_open_layers <= shape.num_layers);
+  Check(spec.opening.has_value() == (spec.method == Method::kOpen || begin.has_session()));
+  if (spec.opening.has_value()) {
+    Check(ValidateResidentPolicy(spec.opening->resident.policy).ok());
+    Check(spec.opening->resident.capacity_tokens >= shape.num_tokens);
+    Check(PlanResident(spec.opening->resident, 1).key_value_bytes > 0);
+  }
+  Check(spec.fetch_layers.empty() == (spec.method != Method::kFetch));
   Check(spec.plan.has_value() == (spec.method == Method::kApply));
   for (const bool device_has_own_memory : {false, true}) {
     Check(ReservationBytes(spec, device_has_own_memory) > 0);
@@ -87,8 +95,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const google::protobuf::LogSilencer silencer;  // of strings that are not UTF-8
   dynsplit::v1::Begin begin;
   if (!begin.ParseFromArray(data + 1, static_cast<int>(size - 1))) return 0;
-  const auto method = static_cast<Method>(data[0] % 4);
-  const auto spec = dynsplit::rpc::SpecFromBegin(begin, method, Profiles(), {}, "fallback");
+  const auto method = static_cast<Method>(data[0] % 7);
+  const auto spec = dynsplit::ReadBegin(begin, method, Profiles());
   if (spec.ok()) {
     CheckAccepted(*spec, begin);
     return 0;

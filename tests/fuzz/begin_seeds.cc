@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/cpu/cpu_backend.h"
 #include "server/pipeline/policy.h"
 #include "server/rpc/begin_adapter.h"
 
@@ -153,17 +154,72 @@ v1::Begin Calibrate() {
   return begin;
 }
 
+v1::Begin OfSession(Method method) {
+  v1::Begin begin = Sequence();
+  if (method == Method::kFetch) {
+    v1::SessionTarget& target = *begin.mutable_target();
+    target.set_session_id("s-1");
+    target.add_layers(1);
+    target.mutable_resume()->set_layer(1);
+    target.mutable_resume()->set_offset(3);
+    begin.mutable_policy()->mutable_encoding()->set_key(v1::Encoding::FORMAT_INT8);
+    AddTensor(begin, v1::TENSOR_KIND_KEPT_TOKENS, v1::DTYPE_INT32, 4 * kKvHeads * 7).set_layer(1);
+    return begin;
+  }
+  AddTokenIds(begin);
+  AddKeysAndValues(begin, v1::DTYPE_BFLOAT16, 2);
+  if (method == Method::kAppend) {
+    begin.mutable_target()->set_session_id("s-1");
+    begin.mutable_target()->set_position(kTokens);
+    return begin;
+  }
+  begin.mutable_policy()->mutable_segmentation()->set_profile("smollm2");
+  begin.mutable_session()->set_reserve_tokens(100);
+  begin.mutable_session()->set_residence(v1::SessionOptions::RESIDENCE_HOST);
+  begin.mutable_session()->set_summaries(v1::SessionOptions::SUMMARIES_AS_KEYS);
+  return begin;
+}
+
+v1::Begin Keep() {
+  v1::Begin begin = Dense();
+  begin.mutable_session()->set_lease_seconds(60);
+  begin.mutable_session_policy()->mutable_budget()->set_tokens_per_head(20);
+  begin.mutable_session_policy()->set_scope(v1::SCOPE_LAYER);
+  return begin;
+}
+
 }  // namespace
+
+absl::StatusOr<RequestSpec> ReadBegin(const v1::Begin& begin, Method method,
+                                      const ProfileStore& profiles) {
+  static Backend& backend = *CreateCpuBackend({.num_threads = 1})->release();
+  static const auto& regions = *new RegionStore({.allow_shm = true}, backend);
+  static const auto& target = *new rpc::TargetSession([&profiles] {
+    const auto opening = rpc::SpecFromBegin(OfSession(Method::kOpen), Method::kOpen,
+                                            {.profiles = profiles, .regions = regions});
+    return rpc::TargetSession{.spec = opening->opening->resident, .segmentation = {}};
+  }());
+  const bool targeted = method == Method::kAppend || method == Method::kFetch;
+  return rpc::SpecFromBegin(begin, method,
+                            {.profiles = profiles,
+                             .regions = regions,
+                             .target = targeted ? &target : nullptr,
+                             .fallback_request_id = "fallback"});
+}
 
 absl::StatusOr<std::vector<BeginSeed>> BeginSeeds() {
   std::vector<BeginSeed> seeds = {
       {"dense", Method::kCompress, Dense()}, {"paged", Method::kCompress, Paged()},
       {"int8", Method::kCompress, Int8()},   {"plan", Method::kPlan, Dense()},
       {"apply", Method::kApply, Apply()},    {"calibrate", Method::kCalibrate, Calibrate()}};
+  for (const Method method : {Method::kOpen, Method::kAppend, Method::kFetch}) {
+    seeds.push_back({rpc::MethodName(method), method, OfSession(method)});
+  }
+  seeds.push_back({"keep", Method::kCompress, Keep()});
   const auto profiles = ProfileStore::Create({.default_name = "smollm2", .directory = ""});
   if (!profiles.ok()) return profiles.status();
   for (const BeginSeed& seed : seeds) {
-    const auto spec = rpc::SpecFromBegin(seed.begin, seed.method, **profiles, {}, "seed");
+    const auto spec = ReadBegin(seed.begin, seed.method, **profiles);
     if (spec.ok()) continue;
     return absl::Status(spec.status().code(),
                         absl::StrCat("seed ", seed.name, ": ", spec.status().message()));

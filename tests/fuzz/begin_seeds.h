@@ -6,6 +6,7 @@
 
 #include "absl/status/statusor.h"
 #include "dynsplit/v1/compression.pb.h"
+#include "server/runtime/profiles.h"
 #include "server/runtime/request_spec.h"
 
 namespace dynsplit {
@@ -15,6 +16,10 @@ struct BeginSeed {
   Method method;
   v1::Begin begin;
 };
+
+// What a server would make of it. Append and Fetch: for a session that seed "Open" opened.
+absl::StatusOr<RequestSpec> ReadBegin(const v1::Begin& begin, Method method,
+                                      const ProfileStore& profiles);
 
 // Some of every method and every kind of tensor. Each is one that the server accepts; an error
 // where it does not.

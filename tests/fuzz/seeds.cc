@@ -11,6 +11,7 @@
 #include "client/cpp/container.h"
 #include "client/cpp/safetensors.h"
 #include "dynsplit/v1/compression.pb.h"
+#include "dynsplit/v1/sessions.pb.h"
 #include "proto/wire/crc32c.h"
 #include "server/runtime/config.h"
 #include "tests/fuzz/begin_seeds.h"
@@ -109,6 +110,26 @@ absl::Status WriteBegins(const std::string& folder) {
   return absl::OkStatus();
 }
 
+void WriteSelects(const std::string& folder) {
+  v1::SelectRequest request;
+  v1::SequenceStep& step = *request.add_sequences();
+  step.set_session_id("s-1");
+  step.set_first_layer(1);
+  step.set_num_queries(2);
+  step.set_dtype(v1::DTYPE_BFLOAT16);
+  step.set_query_data(std::string(64, 'q'));
+  Write(folder + "/inline", request.SerializeAsString());
+  v1::SequenceStep& other = *request.add_sequences();
+  other = step;
+  other.set_session_id("s-2");
+  other.set_with_pages(true);
+  other.mutable_query_region()->set_name("queries");
+  other.mutable_gather()->set_generation(7);
+  other.mutable_gather()->mutable_key_region()->set_name("rows");
+  other.mutable_gather()->mutable_value_region()->set_offset_bytes(4096);
+  Write(folder + "/regions", request.SerializeAsString());
+}
+
 // The leading byte tells profiles (even) from configurations (odd).
 void WriteProfiles(const std::string& folder) {
   Write(folder + "/profile", std::string(1, '\0') +
@@ -136,7 +157,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string folder = argv[1];
-  for (const char* name : {"frame", "container", "safetensors", "begin", "profile"}) {
+  for (const char* name : {"frame", "container", "safetensors", "begin", "profile", "select"}) {
     std::filesystem::create_directories(folder + "/" + name);
   }
   WriteFrames(folder + "/frame");
@@ -144,6 +165,7 @@ int main(int argc, char** argv) {
   status.Update(WriteCaptures(folder + "/safetensors"));
   status.Update(WriteBegins(folder + "/begin"));
   WriteProfiles(folder + "/profile");
+  WriteSelects(folder + "/select");
   if (status.ok()) return 0;
   std::cerr << status << "\n";
   return 1;
