@@ -52,13 +52,6 @@ __device__ inline int ItemOfBlock(int num_items, int block, CutOf&& cut_of) {
   return low;
 }
 
-// Lets AttendCombineKernel be scheduled while this grid still runs; it waits for this grid's end.
-__device__ inline void AllowDependents() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-
 // Tensor cores: at most 16 query heads a KV head, D 64 or 128, queries of a 16-bit type, keys and
 // values of one type, which is theirs or a quantised one, rows in multiples of 16 bytes, not paged.
 inline constexpr int kAttendMmaItems = kAttendMaxLaunchItems;

@@ -7,6 +7,7 @@
 
 #include "cuda/attend_tokens.cuh"
 #include "cuda/attend_tokens.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exponent.cuh"
 
 namespace dynsplit::kernels {
@@ -62,9 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t first =
       (item.cut.first_partial + static_cast<int64_t>(h) * splits) * batch.group + a % batch.group;
   const int vectors = batch.head_dim / kVector;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
+  WaitForEarlierGrids();
   SoftmaxSum total;  // equal in all threads
   for (int s = lane; s < splits; s += kWarp) {
     const float2 part = batch.in.sums[first + static_cast<int64_t>(s) * batch.group];
@@ -105,19 +104,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// True where a grid may be scheduled before the one it depends on has ended.
-cudaError_t HasDependentLaunch(bool& has) {
-  int device = 0;
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  }
-  has = major >= 9;
-  return error;
-}
-
-cudaError_t Combine(const AttendLaunch& launch, bool dependent, cudaStream_t stream) {
+cudaError_t Combine(const AttendLaunch& launch, cudaStream_t stream) {
   const AttendTokensItem& like = launch.items[0];
   CombineBatch batch = {};
   batch.in = launch.out;
@@ -128,17 +115,12 @@ cudaError_t Combine(const AttendLaunch& launch, bool dependent, cudaStream_t str
     batch.items[i] = {
         .output = launch.items[i].output, .lse = launch.items[i].lse, .cut = launch.cuts[i]};
   }
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(like.queries.num_heads),
                         static_cast<unsigned>(launch.items.size()));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, AttendCombineKernel, batch);
+  return LaunchDependent(config, AttendCombineKernel, batch);
 }
 
 int64_t SumsBytes(const AttendShape& shape, int64_t num_items, int num_sms) {
@@ -168,8 +150,6 @@ cudaError_t AttendTokensIn(const AttendTokensParams& params, int num_sms, void* 
   const auto num_items = static_cast<int64_t>(params.items.size());
   const AttendShape shape = ShapeOf(params.items[0]);
   const bool tensor_cores = UsesTensorCores(params);
-  bool dependent = false;
-  if (const cudaError_t error = HasDependentLaunch(dependent); error != cudaSuccess) return error;
   auto* const base = static_cast<std::byte*>(workspace);
   const AttendPartials partials = {
       .sums = reinterpret_cast<float2*>(base),
@@ -192,7 +172,7 @@ cudaError_t AttendTokensIn(const AttendTokensParams& params, int num_sms, void* 
     launch.out = partials;
     cudaError_t error =
         tensor_cores ? AttendTokensMma(launch, stream) : AttendTokensSimt(launch, stream);
-    if (error == cudaSuccess) error = Combine(launch, dependent, stream);
+    if (error == cudaSuccess) error = Combine(launch, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

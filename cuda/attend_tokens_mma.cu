@@ -10,6 +10,7 @@
 
 #include "cuda/attend_tokens.cuh"
 #include "cuda/attend_tokens_stage.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exponent.cuh"
 #include "cuda/mma.cuh"
 
@@ -378,6 +379,7 @@ __global__ void __launch_bounds__(kAttendThreads, kAttendBlocksPerSm)
   const auto index_of = [&](int j) { return rows.IndexOf(row_of(j) + lane % kRows); };
   uint4* const own_stages = stages + warp * St::kCount * St::kChunks;
   int ahead[St::kCount - 1];
+  WaitForEarlierGrids();
 #pragma unroll
   for (int j = 0; j < St::kCount - 1; ++j) ahead[j] = index_of(j);
 #pragma unroll
@@ -464,8 +466,12 @@ cudaError_t LaunchKernel(const AttendLaunch& launch, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   MmaBatch batch = {};
   FillBatch(launch, batch);
-  kernel<<<static_cast<unsigned>(launch.num_blocks), kAttendThreads, kSharedBytes, stream>>>(batch);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(launch.num_blocks));
+  config.blockDim = dim3(kAttendThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  return LaunchDependent(config, kernel, batch);
 }
 
 // Rows that 16-byte copies can fetch; a view without tokens is never read.

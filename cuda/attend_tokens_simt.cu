@@ -4,6 +4,7 @@
 // LanesPerRow lanes share a row; each such group of lanes keeps its own softmax over every n-th
 // row, for kHeads query heads.
 #include "cuda/attend_tokens.cuh"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exponent.cuh"
 
 namespace dynsplit::kernels {

@@ -7,12 +7,12 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/attend_tokens.cuh"
 #include "cuda/tensor.cuh"
 
 namespace dynsplit::kernels {
 
-inline constexpr int kChunkBytes = static_cast<int>(sizeof(uint4));
 // Of a thread block: two fit on an SM of 9.0, one on any since 8.0.
 inline constexpr int kAttendSharedBytes = 96 << 10;
 inline constexpr int kAttendMaxStages = 8;
@@ -61,31 +61,6 @@ __device__ inline uint32_t PackPair(float low, float high) {
 template <typename T>
 __device__ inline float Remainder(float value) {
   return value - static_cast<float>(static_cast<T>(value));
-}
-
-__device__ inline uint32_t SharedAddress(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-// Copies kBytes, or writes zeros without reading.
-template <int kBytes>
-__device__ inline void CopyAsync(void* to, const void* from, bool valid) {
-  const int bytes = valid ? kBytes : 0;
-  if constexpr (kBytes == kChunkBytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(SharedAddress(to)),
-                 "l"(from), "r"(bytes)
-                 : "memory");
-  } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(SharedAddress(to)),
-                 "l"(from), "n"(kBytes), "r"(bytes)
-                 : "memory");
-  }
-}
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most `kPending` of this thread's groups are under way.
-template <int kPending>
-__device__ inline void WaitForCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of

@@ -5,8 +5,8 @@
 // max(q, 0) and q- = min(q, 0). Tensor cores do it with 16 blocks a warp against 8 query rows at a
 // time:
 //
-//   tiles    all of a warp's summaries are requested at once, straight into registers; queries are
-//            laid out in shared memory meanwhile. Logits, and maximum and sum a tile, go to scratch
+//   tiles    all of a warp's summaries are requested at once, into shared memory or registers;
+//            queries are laid out meanwhile. Logits, and maximum and sum a tile, go to scratch
 //   combine  log-sum-exp of the rows from those of the tiles, weights, sum over the rows
 //
 // Channel order. A product does not depend on it, so both factors follow the 16-byte loads: quad
@@ -20,7 +20,9 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/async_copy.cuh"
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/exponent.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/operations.h"
@@ -121,10 +123,17 @@ struct Tiles {
   static constexpr int kVectors = kChannels * static_cast<int>(sizeof(Summary)) / 64;  // of a lane
   static constexpr int kChunks = kChannels / kChunk;
   static constexpr int kColumns = kStage * kTileCols;
-  // Registers of summaries; codes that meet more than one tile are kept as fp16. Residency: thread
-  // blocks an SM, so that about 128 KiB of summaries are under way.
-  static constexpr int kRegisters = 2 * kBounds * kVectors * 4 * (kCodes && kStage > 1 ? 2 : 1);
-  static constexpr int kResidency = kRegisters <= 32   ? (kStage == 1 ? 4 : 3)
+  static constexpr int kLaneVectors = 2 * kBounds * kVectors;
+  // Where one tile of queries takes them all, summaries wait in shared memory: registers would
+  // bound what is under way. Residency: thread blocks an SM, so that 128 to 192 KiB of summaries
+  // are.
+  static constexpr int kSummaryBytes = kThreads * kLaneVectors * kChunkBytes;
+  static constexpr bool kShared = kStage == 1 && kSummaryBytes <= (64 << 10);
+  static constexpr int kSharedBytes = kShared ? kSummaryBytes : 0;
+  // Registers of summaries; codes that meet more than one tile are kept as fp16.
+  static constexpr int kRegisters = kLaneVectors * 4 * (kCodes && kStage > 1 ? 2 : 1);
+  static constexpr int kResidency = kShared            ? (kRegisters <= 32 ? 5 : 3)
+                                    : kRegisters <= 32 ? 3
                                     : kRegisters <= 64 ? 2
                                                        : 1;
   static constexpr int kParts = kChannels / 32;  // 16 bytes of query a lane, two steps of the mma
@@ -141,7 +150,8 @@ struct Tiles {
 
   uint4 vectors[2][kBounds][kVectors];  // of blocks lane / 4 and lane / 4 + 8 of the warp's 16
 
-  __device__ void Load(const Place& at) {
+  // `own` is where the lane's copies go in shared memory, kThreads apart.
+  __device__ void Request(const Place& at, uint4* own) {
     const auto& [batch, item, h, warp, lane, first_block] = at;
     const int row_bytes = batch.head_dim * static_cast<int>(sizeof(Summary));
 #pragma unroll
@@ -154,8 +164,28 @@ struct Tiles {
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           const bool inside = block < item.num_blocks && v * 64 + lane % 4 * 16 < row_bytes;
-          vectors[half][bound][v] = inside ? LoadOnce(address + v * 64) : make_uint4(0, 0, 0, 0);
+          if constexpr (kShared) {
+            CopyAsync<kChunkBytes>(own, address + v * 64, inside);
+            own += kThreads;
+          } else {
+            vectors[half][bound][v] = inside ? LoadOnce(address + v * 64) : make_uint4(0, 0, 0, 0);
+          }
         }
+      }
+    }
+    if constexpr (kShared) CommitCopies();
+  }
+
+  // What the lane requested, which no other lane reads.
+  __device__ void Take(const uint4* own) {
+    if constexpr (!kShared) return;
+    WaitForCopies<0>();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int bound = 0; bound < kBounds; ++bound) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v, own += kThreads) vectors[half][bound][v] = *own;
       }
     }
   }
@@ -306,7 +336,9 @@ struct Tiles {
 template <typename TilesOf>
 __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
     ScoreTilesKernel(const __grid_constant__ Batch batch) {
+  extern __shared__ uint4 summaries[];  // [kLaneVectors, kThreads]
   __shared__ typename TilesOf::Shared shared;
+  AllowDependents();
   const Item& item = batch.items[blockIdx.z];
   const int h = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -315,8 +347,9 @@ __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
   if (tile_begin >= item.num_blocks) return;
   const Place at = {batch, item, h, warp, lane, tile_begin + warp * kTileRows};
 
+  uint4* const own = summaries + threadIdx.x;
   TilesOf tiles;
-  tiles.Load(at);
+  tiles.Request(at, own);
   TilesOf::StageBlocks(at, shared);
   const Rows rows(batch, item, h);
   const int last_row = TilesOf::kStage == 1 ? 1 : batch.rows;  // one stage holds all
@@ -329,6 +362,7 @@ __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
       TilesOf::StageColumn(at, first_row + column, column, shared);
     }
     __syncthreads();
+    if (first_row == 0) tiles.Take(own);
     for (int tile = 0; tile < num_tiles; ++tile) {
       float sums[4];
       tiles.Multiply(shared, tile, lane, sums);
@@ -352,6 +386,8 @@ __global__ void __launch_bounds__(kThreads, TilesOf::kResidency)
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ Batch batch) {
   constexpr int kAhead = 4;  // rows whose logits are requested before the log-sum-exps are there
   __shared__ float lse[kScoreMaxRows];
+  AllowDependents();
+  WaitForEarlierGrids();
   const Item& item = batch.items[blockIdx.z];
   const int h = static_cast<int>(blockIdx.y);
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -367,6 +403,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   }
   for (int r = static_cast<int>(threadIdx.x) / kWarp; r < batch.rows; r += kWarps) {
     SoftmaxSum total;
+#pragma unroll 4
     for (int64_t tile = lane; tile < rows.tiles; tile += kWarp) {
       const float2 partial = rows.partials[r * rows.tiles + tile];
       total.Merge({partial.x, partial.y});
@@ -388,19 +425,25 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   item.scores[h * item.num_blocks + block] = sum / static_cast<float>(batch.window);
 }
 
+template <typename TilesOf>
+cudaError_t LaunchKernel(const Batch& batch, dim3 grid, cudaStream_t stream) {
+  const auto kernel = ScoreTilesKernel<TilesOf>;
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TilesOf::kSharedBytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<grid, kThreads, TilesOf::kSharedBytes, stream>>>(batch);
+  return cudaGetLastError();
+}
+
 template <typename Summary, typename Query, int kChannels, int kBounds>
-void LaunchStage(const Batch& batch, dim3 grid, cudaStream_t stream) {
-  if (batch.rows <= kTileCols) {
-    ScoreTilesKernel<Tiles<Summary, Query, kChannels, kBounds, 1>>
-        <<<grid, kThreads, 0, stream>>>(batch);
-  } else {
-    ScoreTilesKernel<Tiles<Summary, Query, kChannels, kBounds, 4>>
-        <<<grid, kThreads, 0, stream>>>(batch);
-  }
+cudaError_t LaunchStage(const Batch& batch, dim3 grid, cudaStream_t stream) {
+  return batch.rows <= kTileCols
+             ? LaunchKernel<Tiles<Summary, Query, kChannels, kBounds, 1>>(batch, grid, stream)
+             : LaunchKernel<Tiles<Summary, Query, kChannels, kBounds, 4>>(batch, grid, stream);
 }
 
 template <typename Summary, typename Query, int kBounds>
-void LaunchChannels(const Batch& batch, dim3 grid, cudaStream_t stream) {
+cudaError_t LaunchChannels(const Batch& batch, dim3 grid, cudaStream_t stream) {
   switch (ScoreTileChannels(batch.head_dim)) {
     case 64:
       return LaunchStage<Summary, Query, 64, kBounds>(batch, grid, stream);
@@ -412,21 +455,20 @@ void LaunchChannels(const Batch& batch, dim3 grid, cudaStream_t stream) {
 }
 
 template <typename Summary, typename Query>
-void LaunchTiles(const Batch& batch, bool bound, dim3 grid, cudaStream_t stream) {
+cudaError_t LaunchTiles(const Batch& batch, bool bound, dim3 grid, cudaStream_t stream) {
   return bound ? LaunchChannels<Summary, Query, 2>(batch, grid, stream)
                : LaunchChannels<Summary, Query, 1>(batch, grid, stream);
 }
 
-void LaunchTypes(const Batch& batch, const ScoreShape& shape, bool bound, dim3 grid,
-                 cudaStream_t stream) {
+cudaError_t LaunchTypes(const Batch& batch, const ScoreShape& shape, bool bound, dim3 grid,
+                        cudaStream_t stream) {
   const bool half_queries = shape.query_dtype == DType::kFloat16;
   if (shape.summary_dtype == DType::kFloat8E4M3) {
-    half_queries ? LaunchTiles<E4M3, __half>(batch, bound, grid, stream)
-                 : LaunchTiles<E4M3, __nv_bfloat16>(batch, bound, grid, stream);
-  } else {
-    half_queries ? LaunchTiles<__half, __half>(batch, bound, grid, stream)
-                 : LaunchTiles<__nv_bfloat16, __nv_bfloat16>(batch, bound, grid, stream);
+    return half_queries ? LaunchTiles<E4M3, __half>(batch, bound, grid, stream)
+                        : LaunchTiles<E4M3, __nv_bfloat16>(batch, bound, grid, stream);
   }
+  return half_queries ? LaunchTiles<__half, __half>(batch, bound, grid, stream)
+                      : LaunchTiles<__nv_bfloat16, __nv_bfloat16>(batch, bound, grid, stream);
 }
 
 Batch MakeBatch(const ScoreBlocksParams& params, const ScoreShape& shape,
@@ -480,11 +522,15 @@ absl::Status ScoreTiles(const ScoreBlocksParams& params, const ScoreShape& shape
     return dim3(static_cast<unsigned>(CeilDiv(most_blocks, blocks)),
                 static_cast<unsigned>(shape.num_kv_heads), static_cast<unsigned>(items.size()));
   };
-  LaunchTypes(batch, shape, IsBound(items[0]), grid(kScoreTileBlocks), launch.stream);
-  absl::Status status = LaunchStatus("ScoreTilesKernel");
+  absl::Status status = CudaStatus(
+      LaunchTypes(batch, shape, IsBound(items[0]), grid(kScoreTileBlocks), launch.stream),
+      "ScoreTilesKernel");
   if (!status.ok()) return status;
-  CombineKernel<<<grid(kThreads), kThreads, 0, launch.stream>>>(batch);
-  return LaunchStatus("CombineKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid(kThreads);
+  config.blockDim = dim3(kThreads);
+  config.stream = launch.stream;
+  return CudaStatus(LaunchDependent(config, CombineKernel, batch), "CombineKernel");
 }
 
 }  // namespace dynsplit::kernels

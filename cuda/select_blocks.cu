@@ -17,6 +17,7 @@
 #include <algorithm>
 
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/operations.h"
 #include "cuda/ordered_score.cuh"
 #include "cuda/select_blocks.h"
@@ -315,8 +316,10 @@ template <int kHeld>
 __global__ void __launch_bounds__(kThreads, Residency(kHeld))
     SelectBlocksKernel(const __grid_constant__ Batch batch) {
   __shared__ Shared shared;
+  AllowDependents();
   const Item& item = batch.items[blockIdx.y];
   const Run run(item, static_cast<int>(blockIdx.x));
+  WaitForEarlierGrids();
   Lines<kHeld> lines(run);
   int32_t* const out = item.tokens + static_cast<int64_t>(blockIdx.x) * item.num_selected;
   const int32_t num_suffix = item.num_tokens - item.suffix_begin;
@@ -363,9 +366,14 @@ absl::Status SelectBlocks(const SelectBlocksParams& params, const Launch& launch
                         .num_selected = static_cast<int32_t>(item.num_selected),
                         .run_blocks = static_cast<int32_t>(run_blocks)};
     }
-    const dim3 grid(static_cast<unsigned>(params.groups), static_cast<unsigned>(items.size()));
-    KernelOf(most_run_blocks)<<<grid, kThreads, 0, launch.stream>>>(batch);
-    if (absl::Status status = LaunchStatus("SelectBlocksKernel"); !status.ok()) return status;
+    cudaLaunchConfig_t config = {};
+    config.gridDim =
+        dim3(static_cast<unsigned>(params.groups), static_cast<unsigned>(items.size()));
+    config.blockDim = dim3(kThreads);
+    config.stream = launch.stream;
+    absl::Status status =
+        CudaStatus(LaunchDependent(config, KernelOf(most_run_blocks), batch), "SelectBlocksKernel");
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
