@@ -34,9 +34,9 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
   strip "$bundle/lib/$(basename "$library")"
 done
 mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
-cp tests/gpu.sh tests/service_parity.sh "$bundle/tests/"
+cp tests/gpu.sh tests/service_parity.sh tests/mps.sh "$bundle/tests/"
 cp tests/bench/select.sh "$bundle/tests/bench/"
-cp tests/judges/compare_results.py "$bundle/tests/judges/"
+cp tests/judges/compare_results.py tests/judges/compare_sessions.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
 rm -rf "$target"
 mkdir -p "$target"

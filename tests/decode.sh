@@ -13,6 +13,7 @@
 # Expects, from the root:
 #   bin/dynsplitd  lib/*.so*             as in the bundle (lib/libisal.so.2 also computes CRC32C here)
 #   lib/libdynsplit_engine.so            the engine library; or ENGINE=path
+#   tests/mps.sh                         MPS=0 leaves CUDA's multi-process service out
 #   bin/bench_decode                     optional: run by "kernels"; BENCH=0 leaves it out
 # and from pack, in the root or in ${DATA:-.}:
 #   python/dynsplit  python/gguf         the client with its generated wire code; gguf 0.19.0
@@ -68,7 +69,10 @@ stop() {
   [ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server" 2>/dev/null
   server=
 }
-trap 'stop; rm -rf "$work"' EXIT
+# shellcheck source=tests/mps.sh
+. tests/mps.sh
+trap 'stop; mps_stop; rm -rf "$work"' EXIT
+mps_start "$work"
 
 # Python sees only libisal of the bundle's libraries: the others would shadow its own.
 mkdir "$work/lib"
@@ -142,6 +146,7 @@ run step 240
 run naive 60
 run long 120
 
+echo "engine and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices')"
 for mode in $modes; do
   [ -f "$out/decode_$mode.table" ] && cat "$out/decode_$mode.table"
 done | head -c 6000

@@ -4,11 +4,16 @@
 # select.sh DYNSPLITD BENCH_SELECT [FLAG...]: bench_select with these flags against a CUDA server of its own,
 # which shares device memory with its clients, on a unix socket.
 set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=tests/mps.sh
+. "$here/../mps.sh"
 server=$(realpath "$1") bench=$(realpath "$2")
 shift 2
 work=$(mktemp -d)
 pid=
-trap '[[ -z $pid ]] || kill "$pid" 2>/dev/null || true; wait 2>/dev/null || true; rm -rf "$work"' EXIT
+trap '[[ -z $pid ]] || kill "$pid" 2>/dev/null || true; wait 2>/dev/null || true; mps_stop; rm -rf "$work"' EXIT
+mps_start "$work"
+echo "client and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices')"
 
 "$server" --backend=cuda --regions=cuda-ipc --listen "" --unix-socket "$work/server.sock" --metrics-listen "" \
   2>"$work/server.log" &

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -224,12 +225,17 @@ class SessionAttention:
         shape, added = self.shape, self.options.append_every
         ids = torch.stack(self._pending, dim=1).to("cpu", torch.int32).numpy()
         rows = (added, shape.num_kv_heads, shape.head_dim)
-        for index, session in enumerate(self._sessions):
+
+        def append(index: int) -> None:
             keys, values = (
                 [tail.part((layer, index), *rows) for layer in range(shape.num_layers)]
                 for tail in (self.tail_keys, self.tail_values)
             )
-            self._client.append(session, self.length, ids[index], keys, values)
+            self._client.append(self._sessions[index], self.length, ids[index], keys, values)
+
+        # Side by side: a call is mostly waiting.
+        with ThreadPoolExecutor(len(self._sessions)) as pool:
+            list(pool.map(append, range(len(self._sessions))))
         self.length += added
         self.tail = 0
         self._pending.clear()
