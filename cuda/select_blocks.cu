@@ -3,9 +3,8 @@
 // One thread block selects for one group of one item, without scratch. Everything is integer
 // arithmetic on ordered scores, so the result is exact and the same on every run.
 //
-//   load       every warp takes a run of consecutive blocks, in lines of 32. Keys and weights stay
-//   in
-//              registers, unless the item is so long that each step reads it again
+//   load       every warp takes a run of consecutive blocks, in lines of 32, and keeps keys and
+//              weights in registers, unless the item is so long that each step reads them again
 //   threshold  the score of the last block taken, by weighted radix selection: a block weighs its
 //              free tokens, those between the prefix and the suffix that are taken in any case.
 //              Digits are of the distance from the lowest score, from its first bit that is not
@@ -13,8 +12,8 @@
 //              few bins. Histograms are of integers, so the order of atomics does not show
 //   sum        per warp: free tokens above the threshold, and at it
 //   emit       by prefix sums over the warps, then over the blocks of a line: what each block
-//   gives,
-//              and where. A warp's lanes write neighbouring tokens, whichever blocks they are of
+//              gives, and where. A warp's lanes write neighbouring tokens, whichever blocks they
+//              are of
 #include <algorithm>
 
 #include "cuda/cuda_status.h"
