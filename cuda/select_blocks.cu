@@ -3,8 +3,8 @@
 // One thread block selects for one group of one item, without scratch. Everything is integer
 // arithmetic on ordered scores, so the result is exact and the same on every run.
 //
-//   load       every warp takes a run of consecutive blocks, in lines of 32. What a line needs
-//              stays in registers, unless the item is so long that each step reads it again
+//   load       every warp takes a run of consecutive blocks, in lines of 32, and keeps keys and
+//              weights in registers, unless the item is so long that each step reads them again
 //   threshold  the score of the last block taken, by weighted radix selection: a block weighs its
 //              free tokens, those between the prefix and the suffix that are taken in any case.
 //              Digits are of the distance from the lowest score, from its first bit that is not
@@ -12,8 +12,8 @@
 //              few bins. Histograms are of integers, so the order of atomics does not show
 //   sum        per warp: free tokens above the threshold, and at it
 //   emit       by prefix sums over the warps, then over the blocks of a line: what each block
-//   gives,
-//              and where. A warp's lanes write neighbouring tokens, whichever blocks they are of
+//              gives, and where. A warp's lanes write neighbouring tokens, whichever blocks they
+//              are of
 #include <algorithm>
 
 #include "cuda/cuda_status.h"
@@ -52,6 +52,7 @@ struct Batch {
 
 struct Block {
   uint32_t key;   // of its score
+  int32_t begin;  // first free token
   int32_t count;  // free tokens
 };
 
@@ -97,15 +98,14 @@ struct Run {
     end = min(first + item.run_blocks, num_blocks);
     num_lines = static_cast<int>((end - first + kWarp - 1) / kWarp);
   }
-  __device__ uint32_t BlockOf(int line) const { return first + line * kWarp + lane; }
   // Beyond the run: no tokens. Branch-free, so that requests do not wait for each other. Requires:
   // num_lines > 0.
   __device__ Block Load(int line) const {
-    const uint32_t block = BlockOf(line);
+    const uint32_t block = first + line * kWarp + lane;
     const uint32_t i = min(block, end - 1);
     const int32_t begin = max(item.starts[i], item.prefix_end);
     const int32_t stop = min(item.starts[i + 1], item.suffix_begin);
-    return {OrderedScore(scores[i]), block < end ? max(stop - begin, 0) : 0};
+    return {OrderedScore(scores[i]), begin, block < end ? max(stop - begin, 0) : 0};
   }
 };
 
@@ -120,13 +120,13 @@ struct Lines {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) held[i] = run.Load(i);
   }
-  // Calls f(line, block), in order. All lanes of the warp take part.
+  // Calls f(block), in order. All lanes of the warp take part.
   template <typename F>
   __device__ void ForEach(const Run& run, F&& f) const {
     if constexpr (kHeld > 0) {
 #pragma unroll
       for (int i = 0; i < kHeld; ++i) {
-        if (i < run.num_lines) f(i, Block{held[i].key - lowest, held[i].count});
+        if (i < run.num_lines) f(Block{held[i].key - lowest, held[i].begin, held[i].count});
       }
     } else {
       for (int line = 0; line < run.num_lines; line += kLinesAhead) {
@@ -134,9 +134,7 @@ struct Lines {
 #pragma unroll
         for (int i = 0; i < kLinesAhead; ++i) blocks[i] = run.Load(line + i);
 #pragma unroll
-        for (int i = 0; i < kLinesAhead; ++i) {
-          f(line + i, Block{blocks[i].key - lowest, blocks[i].count});
-        }
+        for (const Block& block : blocks) f(Block{block.key - lowest, block.begin, block.count});
       }
     }
   }
@@ -198,7 +196,7 @@ __device__ void FindDigit(int shift, const Run& run, Shared& shared) {
 template <int kHeld>
 __device__ Range FindRange(const Run& run, const Lines<kHeld>& lines, Shared& shared) {
   Range range = {~0U, 0};
-  lines.ForEach(run, [&](int /*line*/, Block block) {
+  lines.ForEach(run, [&](const Block& block) {
     if (block.count == 0) return;
     range.lowest = min(range.lowest, block.key);
     range.highest = max(range.highest, block.key);
@@ -229,7 +227,7 @@ __device__ void FindThreshold(int32_t num_free, const Run& run, Lines<kHeld>& li
       shared.bins[bin] = 0;
     __syncthreads();
     const uint32_t threshold = shared.threshold;
-    lines.ForEach(run, [&](int /*line*/, Block block) {
+    lines.ForEach(run, [&](const Block& block) {
       // The digit itself where those above agree, else too large.
       const uint32_t digit = (block.key ^ threshold) >> shift;
       AddToBin(shared.bins, block.count > 0 && digit < num_digits, digit, block.count, run.lane);
@@ -246,7 +244,7 @@ template <int kHeld>
 __device__ Sums SumBefore(const Run& run, const Lines<kHeld>& lines, Shared& shared) {
   const uint32_t threshold = shared.threshold;
   Sums sums = {0, 0};
-  lines.ForEach(run, [&](int /*line*/, Block block) {
+  lines.ForEach(run, [&](const Block& block) {
     sums.taken += block.key > threshold ? block.count : 0;
     sums.ties += block.key == threshold ? block.count : 0;
   });
@@ -276,6 +274,7 @@ __device__ int32_t EmitLine(int32_t begin, int32_t count, int lane, int32_t (&sh
   __syncwarp();
   const int32_t total = __shfl_sync(kFullWarp, end, kWarp - 1);
   int begun = 0;  // of the givers
+#pragma unroll 1
   for (int32_t first = 0; first < total; first += kWarp) {
     const auto offset = static_cast<uint32_t>(begin_place - first);
     const unsigned begins =
@@ -289,23 +288,28 @@ __device__ int32_t EmitLine(int32_t begin, int32_t count, int lane, int32_t (&sh
   return total;
 }
 
-template <int kHeld>
-__device__ void Emit(const Run& run, const Lines<kHeld>& lines, Sums before, Shared& shared,
-                     int32_t* out) {
+// Reads the lines again, from the nearest cache: unrolled over registers, the code would be long
+// and each instruction of it fetched for one use.
+__device__ void Emit(const Run& run, uint32_t lowest, Sums before, Shared& shared, int32_t* out) {
+  if (run.num_lines == 0) return;
   const uint32_t threshold = shared.threshold;
   const int32_t wanted = shared.wanted;
-  lines.ForEach(run, [&](int line, Block block) {
-    const int32_t ties = block.key == threshold ? block.count : 0;
-    int32_t taken = block.key > threshold ? block.count : 0;
+  Block next = run.Load(0);
+#pragma unroll 1
+  for (int line = 0; line < run.num_lines; ++line) {
+    const Block block = next;
+    next = run.Load(line + 1);
+    const uint32_t distance = block.key - lowest;
+    const int32_t ties = distance == threshold ? block.count : 0;
+    int32_t taken = distance > threshold ? block.count : 0;
     if (__ballot_sync(kFullWarp, ties > 0) != 0) {
       const int32_t ties_end = InclusiveWarpSum(ties, run.lane);
       taken += TakeTies(wanted, before.ties + ties_end - ties, ties);
       before.ties += __shfl_sync(kFullWarp, ties_end, kWarp - 1);
     }
-    const int32_t begin =
-        taken > 0 ? max(run.item.starts[run.BlockOf(line)], run.item.prefix_end) : 0;
-    before.taken += EmitLine(begin, taken, run.lane, shared.shifts[run.warp], out + before.taken);
-  });
+    before.taken +=
+        EmitLine(block.begin, taken, run.lane, shared.shifts[run.warp], out + before.taken);
+  }
 }
 
 // Thread blocks of an SM: two where their registers allow it.
@@ -333,7 +337,7 @@ __global__ void __launch_bounds__(kThreads, Residency(kHeld))
   if (num_free == 0) return;
   FindThreshold(num_free, run, lines, shared);
   const Sums before = SumBefore(run, lines, shared);
-  Emit(run, lines, before, shared, out + item.prefix_end);
+  Emit(run, lines.lowest, before, shared, out + item.prefix_end);
 }
 
 // The kernel that holds runs of so many blocks.
