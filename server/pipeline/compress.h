@@ -100,6 +100,9 @@ struct LayerTensors {
 
 // Refuses NaN and infinity in keys, values, queries: INVALID_ARGUMENT naming layer, tensor, token.
 absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream);
+// The same of several layers, with one wait.
+absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& backend,
+                               Stream& stream);
 
 // Empty (groups == 0) for layers that keep everything: nothing is scored there.
 struct LayerScores {

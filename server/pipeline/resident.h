@@ -75,6 +75,11 @@ struct ResidentLayout {
 ResidentLayout PlanResident(const ResidentSpec& spec, int64_t block_capacity);
 // Blocks to expect in so many tokens: of the policy's mean length.
 int64_t ExpectedBlocks(const SegmentationPolicy& policy, int64_t num_tokens);
+// Blocks that an index has room for: those there are, those to expect in `room_tokens` more tokens,
+// and a little, so that sessions of about equal length share launches.
+int64_t BlockCapacity(const SegmentationPolicy& policy, int64_t num_blocks, int64_t room_tokens);
+// The layout to expect before the token ids are known.
+ResidentLayout PredictResident(const ResidentSpec& spec);
 
 // Thread-compatible: const methods, and StoreLayer of different layers, may run side by side;
 // everything else excludes all others.

@@ -2,7 +2,7 @@
 //
 // What rests where, and which policies can rest.
 #include <algorithm>
-#include <cmath>
+#include <bit>
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
@@ -108,6 +108,20 @@ int64_t ExpectedBlocks(const SegmentationPolicy& policy, int64_t num_tokens) {
   if (policy.method == SegmentationPolicy::Method::kNone) mean_length = 1;
   if (policy.method == SegmentationPolicy::Method::kDelimiterSet) mean_length = kTokensPerSentence;
   return (num_tokens + mean_length - 1) / mean_length;
+}
+
+int64_t BlockCapacity(const SegmentationPolicy& policy, int64_t num_blocks, int64_t room_tokens) {
+  const int64_t wanted = num_blocks + ExpectedBlocks(policy, room_tokens);
+  const auto step = static_cast<int64_t>(
+      std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(wanted / 16, 1))));
+  return (wanted + step - 1) / step * step;
+}
+
+ResidentLayout PredictResident(const ResidentSpec& spec) {
+  const SegmentationPolicy& policy = spec.policy.segmentation;
+  const int64_t num_tokens = spec.shape.num_tokens;
+  return PlanResident(spec, BlockCapacity(policy, ExpectedBlocks(policy, num_tokens),
+                                          spec.capacity_tokens - num_tokens));
 }
 
 }  // namespace dynsplit

@@ -272,35 +272,47 @@ absl::Status Accumulate(const Buffer& in, int64_t count, Buffer& total, Backend&
 
 }  // namespace
 
-absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream) {
+absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& backend,
+                               Stream& stream) {
   struct Check {
     const char* name;
-    const TensorView* tensor;
+    TensorView LayerTensors::*tensor;
   };
-  const std::array<Check, 3> checks = {
-      {{"keys", &tensors.keys}, {"values", &tensors.values}, {"queries", &tensors.queries}}};
-  absl::StatusOr<Buffer> found =
-      backend.Allocate(static_cast<int64_t>(checks.size() * sizeof(int32_t)), stream);
+  constexpr std::array<Check, 3> kChecks = {{{"keys", &LayerTensors::keys},
+                                             {"values", &LayerTensors::values},
+                                             {"queries", &LayerTensors::queries}}};
+  absl::StatusOr<Buffer> found = backend.Allocate(
+      static_cast<int64_t>(layers.size() * kChecks.size() * sizeof(int32_t)), stream);
   if (!found.ok()) return found.status();
-  for (size_t i = 0; i < checks.size(); ++i) {
-    if (checks[i].tensor->data == nullptr) continue;
-    const CheckFiniteParams params = {.tensor = *checks[i].tensor,
-                                      .first_bad_token = found->as<int32_t>() + i};
-    if (auto status = backend.CheckFinite(params, stream); !status.ok()) return status;
+  auto* next = found->as<int32_t>();
+  for (const LayerTensors& layer : layers) {
+    for (const Check& check : kChecks) {
+      const TensorView& tensor = layer.*check.tensor;
+      const CheckFiniteParams params = {.tensor = tensor, .first_bad_token = next++};
+      if (tensor.data == nullptr) continue;
+      if (auto status = backend.CheckFinite(params, stream); !status.ok()) return status;
+    }
   }
   const absl::StatusOr<Buffer> host = backend.ToHost(*std::move(found), stream);
   if (!host.ok()) return host.status();
   if (auto status = stream.Synchronize(); !status.ok()) return status;
-  for (size_t i = 0; i < checks.size(); ++i) {
-    if (checks[i].tensor->data == nullptr) continue;
-    const int32_t token = host->as<int32_t>()[i];
-    if (token == checks[i].tensor->num_tokens) continue;
-    return InvalidField(
-        absl::StrCat("tensors.", checks[i].name),
-        absl::StrCat("of layer ", tensors.layer, " holds a NaN or an infinity at row ", token,
-                     "; all values must be finite"));
+  const auto* first_bad = host->as<int32_t>();
+  for (const LayerTensors& layer : layers) {
+    for (const Check& check : kChecks) {
+      const int32_t token = *first_bad++;
+      const TensorView& tensor = layer.*check.tensor;
+      if (tensor.data == nullptr || token == tensor.num_tokens) continue;
+      return InvalidField(
+          absl::StrCat("tensors.", check.name),
+          absl::StrCat("of layer ", layer.layer, " holds a NaN or an infinity at row ", token,
+                       "; all values must be finite"));
+    }
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream) {
+  return CheckLayersFinite({&tensors, 1}, backend, stream);
 }
 
 absl::StatusOr<LayerScores> ScoreLayer(const SequenceContext& context, const LayerTensors& tensors,

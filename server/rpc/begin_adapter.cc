@@ -664,6 +664,20 @@ absl::Status DecodeHead(const v1::Begin& begin, const BeginContext& context, Req
   return ResolveOpening(begin, context.profiles, spec);
 }
 
+// Rows rest with a scale each: one for all of a head's rows would have to change as it grows.
+absl::Status CheckRestingScales(const ResidentSpec& resident) {
+  const EncodingPolicy& encoding = resident.policy.encoding;
+  const auto as_is = [](DType dtype, EncodingPolicy::Format format) {
+    return IsQuantized(dtype) && format == EncodingPolicy::Format::kAsIs;
+  };
+  if (!as_is(resident.key_dtype, encoding.key) && !as_is(resident.value_dtype, encoding.value)) {
+    return absl::OkStatus();
+  }
+  return WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_SCALES",
+                    "K or V come quantised with scales by head; sessions keep them as they are "
+                    "with SCALE_GRANULARITY_TOKEN_HEAD, or encode them anew (policy.encoding)");
+}
+
 absl::Status CheckTensors(const v1::Begin& begin, const BeginContext& context,
                           const Tensors& tensors, RequestSpec& spec) {
   const Method method = spec.method;
@@ -685,6 +699,12 @@ absl::Status CheckTensors(const v1::Begin& begin, const BeginContext& context,
   if (spec.opening.has_value()) {
     SetTypes(begin.session(), spec.sequence.key_dtype, spec.sequence.value_dtype,
              spec.opening->resident);
+  }
+  const ResidentSpec* const resident = spec.opening.has_value()    ? &spec.opening->resident
+                                       : method == Method::kAppend ? &context.target->spec
+                                                                   : nullptr;
+  if (resident != nullptr && granularity == ScaleGranularity::kHead) {
+    if (status = CheckRestingScales(*resident); !status.ok()) return status;
   }
   switch (method) {
     case Method::kOpen:

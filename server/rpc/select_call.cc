@@ -116,9 +116,15 @@ grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRe
     FinishCall(call, status);
     return reactor;
   }
-  services.selects.Submit([call = std::move(call)](Backend& backend, Stream& stream) mutable {
+  const bool waits_for_device = services.backend().name != "cpu";
+  Executor::Job job = [call = std::move(call)](Backend& backend, Stream& stream) mutable {
     Run(std::move(call), backend, stream);
-  });
+  };
+  if (waits_for_device) {
+    services.selects.RunOrSubmit(std::move(job));
+  } else {  // its work would keep gRPC's thread busy
+    services.selects.Submit(std::move(job));
+  }
   return reactor;
 }
 

@@ -32,6 +32,8 @@ constexpr const char* kServiceNames[] = {"dynsplit.v1.Compression", "dynsplit.v1
 constexpr int32_t kDefaultWorkers = 2;
 // Steps side by side: one is on its way to the device while another returns.
 constexpr int32_t kSelectWorkers = 4;
+// Steps that gRPC's own threads wait for; it has at least twice as many.
+constexpr int32_t kSelectVisitors = 2;
 constexpr absl::Duration kWatchPeriod = absl::Milliseconds(250);
 constexpr absl::Duration kDrainPollPeriod = absl::Milliseconds(10);
 
@@ -100,7 +102,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
       Executor::Create(*server->backend_, options.workers == 0 ? kDefaultWorkers : options.workers);
   if (!executor.ok()) return executor.status();
   server->executor_ = *std::move(executor);
-  executor = Executor::Create(*server->backend_, kSelectWorkers);
+  executor = Executor::Create(*server->backend_, kSelectWorkers, kSelectVisitors);
   if (!executor.ok()) return executor.status();
   server->selects_ = *std::move(executor);
   const bool all = options.regions == "all";

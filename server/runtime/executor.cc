@@ -5,12 +5,20 @@
 
 namespace dynsplit {
 
-absl::StatusOr<std::unique_ptr<Executor>> Executor::Create(Backend& backend, int32_t num_workers) {
+absl::StatusOr<std::unique_ptr<Executor>> Executor::Create(Backend& backend, int32_t num_workers,
+                                                           int32_t num_visitors) {
   auto executor = std::unique_ptr<Executor>(new Executor(backend));
-  for (int32_t i = 0; i < num_workers; ++i) {
+  for (int32_t i = 0; i < num_workers + num_visitors; ++i) {
     absl::StatusOr<std::unique_ptr<Stream>> stream = backend.CreateStream();
     if (!stream.ok()) return stream.status();
-    executor->streams_.push_back(*std::move(stream));
+    auto& streams = i < num_workers ? executor->streams_ : executor->visitor_streams_;
+    streams.push_back(*std::move(stream));
+  }
+  {
+    absl::MutexLock lock(&executor->mu_);
+    for (const std::unique_ptr<Stream>& stream : executor->visitor_streams_) {
+      executor->idle_visitors_.push_back(stream.get());
+    }
   }
   for (const std::unique_ptr<Stream>& stream : executor->streams_) {
     executor->threads_.emplace_back([worker = executor.get(), &stream] { worker->Work(*stream); });
@@ -31,6 +39,21 @@ Executor::~Executor() {
 void Executor::Submit(Job job) {
   absl::MutexLock lock(&mu_);
   if (!stopping_) jobs_.push_back(std::move(job));
+}
+
+void Executor::RunOrSubmit(Job job) {
+  Stream* stream = nullptr;
+  {
+    absl::MutexLock lock(&mu_);
+    if (!stopping_ && !idle_visitors_.empty()) {
+      stream = idle_visitors_.back();
+      idle_visitors_.pop_back();
+    }
+  }
+  if (stream == nullptr) return Submit(std::move(job));
+  std::move(job)(backend_, *stream);
+  absl::MutexLock lock(&mu_);
+  idle_visitors_.push_back(stream);
 }
 
 void Executor::Work(Stream& stream) {

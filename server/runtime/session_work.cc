@@ -4,6 +4,7 @@
 #include "server/runtime/session_work.h"
 
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -143,12 +144,11 @@ absl::Status Request::StoreTogether(Backend& backend, Stream& stream) {
 absl::Status Request::CheckTogetherFinite(Backend& backend, Stream& stream) {
   absl::Status status = CheckStageFinite(spec_, sequence_plan_, sequence_stage_);
   if (!absl::IsUnimplemented(status)) return status;
+  std::vector<LayerTensors> layers;
   for (const int32_t layer : wanted_) {
-    status = CheckLayerFinite(
-        LayerViews(spec_, layer, sequence_plan_, sequence_stage_, block_table_), backend, stream);
-    if (!status.ok()) return status;
+    layers.push_back(LayerViews(spec_, layer, sequence_plan_, sequence_stage_, block_table_));
   }
-  return absl::OkStatus();
+  return CheckLayersFinite(layers, backend, stream);
 }
 
 void Request::EndStore() {

@@ -84,8 +84,9 @@ class TorchLlama:
         exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
         positions = torch.arange(max_positions, dtype=torch.float64)
         angle = positions[:, None] * shape.rope_theta**-exponent
-        self._cos = angle.cos().to(self.device, torch.float32)
-        self._sin = angle.sin().to(self.device, torch.float32)
+        # Of whole rows: the halves turn by the same angle, the first against the second.
+        self._cos = torch.cat((angle.cos(), angle.cos()), -1).to(self.device, torch.float32)
+        self._sin = torch.cat((-angle.sin(), angle.sin()), -1).to(self.device, torch.float32)
 
     @classmethod
     def random(
@@ -169,16 +170,18 @@ class TorchLlama:
         shape = self.shape
         heads = (shape.num_query_heads, shape.num_kv_heads, shape.num_kv_heads)
         rotation = self._cos[positions][:, None], self._sin[positions][:, None]
+        num_turned = shape.num_query_heads + shape.num_kv_heads
         x = functional.embedding(token_ids, self._embedding)
         for index, layer in enumerate(self._layers):
             h = self._norm(x, layer.attn_norm)
             fused = functional.linear(h, layer.qkv).view(len(x), sum(heads), shape.head_dim)
-            q, k, v = fused.split(heads, dim=1)
-            mixed = attend(index, _rotate(q, *rotation), _rotate(k, *rotation), v)
-            x = x + functional.linear(mixed.reshape(len(x), -1), layer.out)
+            turned = _rotate(fused[:, :num_turned], *rotation)
+            q, k = turned.split(heads[:2], dim=1)
+            mixed = attend(index, q, k, fused[:, num_turned:])
+            x = torch.addmm(x, mixed.reshape(len(x), -1), layer.out.t())
             h = self._norm(x, layer.ffn_norm)
             gate, up = functional.linear(h, layer.gate_up).chunk(2, dim=-1)
-            x = x + functional.linear(functional.silu(gate) * up, layer.down)
+            x = torch.addmm(x, functional.silu(gate) * up, layer.down.t())
         return self._norm(x, self._output_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -191,8 +194,9 @@ class TorchLlama:
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE in the half-split layout, in fp32, rounded once."""
-    low, high = x.float().chunk(2, dim=-1)
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+    exact = x.float()
+    low, high = exact.chunk(2, dim=-1)
+    return torch.addcmul(exact * cos, torch.cat((high, low), dim=-1), sin).to(x.dtype)
 
 
 def attend_prompt(

@@ -45,8 +45,8 @@ class SessionStoreTest : public testing::Test {
     return spec;
   }
   // Of a session with Spec().
-  static int64_t KeyValueBytes() { return PlanResident(Spec(), 4).key_value_bytes; }
-  static int64_t IndexBytes() { return PlanResident(Spec(), 4).index_bytes; }
+  static int64_t KeyValueBytes() { return PredictResident(Spec()).key_value_bytes; }
+  static int64_t IndexBytes() { return PredictResident(Spec()).index_bytes; }
 
   absl::StatusOr<std::string> TryOpen(SessionSettings settings = {.tenant = "a"}) {
     absl::StatusOr<std::shared_ptr<Session>> session =
