@@ -360,6 +360,7 @@ class MappedAttention(SessionAttention):
         self._engine = engine
         rows = _aligned(shape.num_layers * shape.num_kv_heads * self.max_rows)
         self._tokens = buffers.allocate(torch.int32, len(sessions), rows)
+        self._requests: dict[tuple[int, int, int], Any] = {}
         self._mapped: list[MappedSession] = [engine.map(client, session) for session in sessions]
 
     def step(self, index: int, session: str, first_layer: int, num_layers: int) -> Step:
@@ -372,6 +373,26 @@ class MappedAttention(SessionAttention):
             tokens_per_head=self.num_rows,
             token_region=place,
         )
+
+    def select(self, first_layer: int, num_layers: int) -> None:
+        """As the base says. Every step asks the same: queries and tokens lie where they lay."""
+        self._synchronize()
+        begin = time.perf_counter()
+        asked = (first_layer, num_layers, self.num_rows)
+        if asked not in self._requests:
+            self._requests[asked] = self._client.select_request(
+                [
+                    self.step(index, session, first_layer, num_layers)
+                    for index, session in enumerate(self._sessions)
+                ]
+            )
+        answer = self._client.select_message(self._requests[asked])
+        for chosen in answer.sequences:
+            if chosen.tokens_per_head != self.num_rows:
+                raise ValueError(f"budget {self.num_rows} was raised to {chosen.tokens_per_head}")
+        self.times.select_seconds += time.perf_counter() - begin
+        self.times.select_device_seconds += answer.device_seconds
+        self.times.num_selects += 1
 
     def read(self, layer: int, q: Tensor) -> Tensor:
         """As the base says."""

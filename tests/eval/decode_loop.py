@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=32768, help="length in --step and --naive")
     parser.add_argument("--batches", default="1,2,4,8,12,14", help="tried by --step while they fit")
     parser.add_argument("--ratio", type=float, default=0.1, help="share of the tokens that is read")
-    parser.add_argument("--window", type=int, default=32, help="steps between appends")
+    parser.add_argument("--window", type=int, default=128, help="steps between appends")
     parser.add_argument("--drift", type=float, default=0.3, help="see whole_step.py")
     parser.add_argument(
         "--host-gib", type=float, default=64, help="pinned memory --step may ask for"

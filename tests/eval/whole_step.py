@@ -87,7 +87,7 @@ class _Bench:
             keys,
             values,
             residence=residence,
-            room=4 * self.window,
+            room=3 * self.window,
         ).session_id
 
     def timed(self, attention: Attention, batch: int) -> float:
@@ -151,6 +151,7 @@ def _session_row(
         times = attention.times
         return seconds, {
             "select_seconds": times.select_seconds / max(1, times.num_selects),
+            "select_device_seconds": times.select_device_seconds / max(1, times.num_selects),
             "append_seconds": times.append_seconds / max(1, times.num_appends),
             "moved_share": times.moved_rows / max(1, times.chosen_rows),
             "moved_rows": times.moved_rows / max(1, times.num_selects),
@@ -209,7 +210,7 @@ def _fitting(context: Context, shape: Shape, tokens: int, element: int) -> list[
     if not context.on_gpu:
         return batches
     free, _ = torch.cuda.mem_get_info()
-    one = shape.kv_bytes(tokens + 4 * context.arguments.window, element)
+    one = shape.kv_bytes(tokens + 3 * context.arguments.window, element)
     one += shape.kv_bytes(tokens, 1) // _MEAN_BLOCK  # resident rows have their index, too
     return [batch for batch in batches if batch * one + _RESERVED_BYTES < free]
 
