@@ -2,7 +2,6 @@
 #include "server/pipeline/resident.h"
 
 #include <algorithm>
-#include <bit>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,13 +10,6 @@
 
 namespace dynsplit {
 namespace {
-
-// Capacities are rounded up a little, so that sessions of about equal length share launches.
-int64_t RoundCapacity(int64_t num_blocks) {
-  const auto step = static_cast<int64_t>(
-      std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(num_blocks / 16, 1))));
-  return (num_blocks + step - 1) / step * step;
-}
 
 // First block of `after` that is not one of `before`: new, or longer than it was.
 int64_t FirstChanged(const Segmentation& before, const Segmentation& after) {
@@ -179,11 +171,8 @@ void ResidentSequence::Abort() { pending_.reset(); }
 
 absl::Status ResidentSequence::EnsureIndex(int64_t num_blocks, Stream& stream) {
   if (!index_.empty() && num_blocks <= layout_.block_capacity) return absl::OkStatus();
-  // Room for what may be appended, at the lengths blocks have had so far.
   const int64_t num_tokens = num_tokens_ > 0 ? num_tokens_ : spec_.shape.num_tokens;
-  const int64_t room = std::max<int64_t>(spec_.capacity_tokens - num_tokens, 0);
-  const int64_t more = ExpectedBlocks(spec_.policy.segmentation, room);
-  const ResidentLayout layout = PlanResident(spec_, RoundCapacity(num_blocks + more));
+  const ResidentLayout layout = PlanResident(spec_, BlockCapacity(spec_, num_tokens, num_blocks));
   absl::StatusOr<Buffer> index = backend_.AllocateResident(layout.index_bytes, Residence::kDevice);
   if (!index.ok()) return index.status();
   if (!index_.empty()) {

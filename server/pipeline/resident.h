@@ -75,6 +75,10 @@ struct ResidentLayout {
 ResidentLayout PlanResident(const ResidentSpec& spec, int64_t block_capacity);
 // Blocks to expect in so many tokens: of the policy's mean length.
 int64_t ExpectedBlocks(const SegmentationPolicy& policy, int64_t num_tokens);
+// Of the index over `num_blocks` blocks of `num_tokens` tokens: with room for what may be appended.
+int64_t BlockCapacity(const ResidentSpec& spec, int64_t num_tokens, int64_t num_blocks);
+// What a session of the spec's shape is expected to take.
+ResidentLayout ExpectedLayout(const ResidentSpec& spec);
 
 // Thread-compatible: const methods, and StoreLayer of different layers, may run side by side;
 // everything else excludes all others.

@@ -2,7 +2,7 @@
 //
 // What rests where, and which policies can rest.
 #include <algorithm>
-#include <cmath>
+#include <bit>
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
@@ -108,6 +108,21 @@ int64_t ExpectedBlocks(const SegmentationPolicy& policy, int64_t num_tokens) {
   if (policy.method == SegmentationPolicy::Method::kNone) mean_length = 1;
   if (policy.method == SegmentationPolicy::Method::kDelimiterSet) mean_length = kTokensPerSentence;
   return (num_tokens + mean_length - 1) / mean_length;
+}
+
+int64_t BlockCapacity(const ResidentSpec& spec, int64_t num_tokens, int64_t num_blocks) {
+  const int64_t room = std::max<int64_t>(spec.capacity_tokens - num_tokens, 0);
+  const int64_t capacity = num_blocks + ExpectedBlocks(spec.policy.segmentation, room);
+  // Rounded up a little, so that sessions of about equal length share launches.
+  const auto step = static_cast<int64_t>(
+      std::bit_floor(static_cast<uint64_t>(std::max<int64_t>(capacity / 16, 1))));
+  return (capacity + step - 1) / step * step;
+}
+
+ResidentLayout ExpectedLayout(const ResidentSpec& spec) {
+  const int64_t num_tokens = spec.shape.num_tokens;
+  const int64_t num_blocks = ExpectedBlocks(spec.policy.segmentation, num_tokens);
+  return PlanResident(spec, BlockCapacity(spec, num_tokens, num_blocks));
 }
 
 }  // namespace dynsplit

@@ -106,9 +106,8 @@ absl::Status AdviseSession(const v1::AdviseRequest& request, v1::AdviseResponse&
   const Residence residence = opening->settings.placement == SessionSettings::Placement::kHost
                                   ? Residence::kHost
                                   : Residence::kDevice;
-  const int64_t num_blocks = ExpectedBlocks(resident.policy.segmentation, resident.capacity_tokens);
   *response.mutable_policy() = PolicyToProto(resident.policy);
-  *response.mutable_session_bytes() = BytesToProto(PlanResident(resident, num_blocks), residence);
+  *response.mutable_session_bytes() = BytesToProto(ExpectedLayout(resident), residence);
   response.set_reason("a session drops nothing; these are the bytes that it will hold");
   return absl::OkStatus();
 }

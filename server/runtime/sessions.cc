@@ -93,8 +93,7 @@ SessionStore::~SessionStore() {
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Reserve(
     SessionSettings settings, ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile) {
-  const ResidentLayout layout =
-      PlanResident(spec, ExpectedBlocks(spec.policy.segmentation, spec.capacity_tokens));
+  const ResidentLayout layout = ExpectedLayout(spec);
   const int64_t bytes = layout.key_value_bytes + layout.index_bytes;
   const bool never =
       (options_.max_tenant_bytes > 0 && bytes > options_.max_tenant_bytes) ||
@@ -345,8 +344,7 @@ absl::Status SessionStore::Renew(std::string_view id, std::string_view tenant,
 
 absl::StatusOr<int64_t> SessionStore::Release(std::string_view id, std::string_view tenant) {
   std::shared_ptr<Session> expired = EndIfExpired(id);
-  std::shared_ptr<Session> released;  // freed outside the lock
-  int64_t bytes = 0;
+  std::shared_ptr<Session> released;  // looked at and freed outside the lock
   {
     absl::MutexLock lock(&mu_);
     absl::StatusOr<std::shared_ptr<Session>> session = Find(id, tenant);
@@ -355,10 +353,15 @@ absl::StatusOr<int64_t> SessionStore::Release(std::string_view id, std::string_v
       if (before) return 0;
       return session.status();
     }
-    bytes = (*session)->key_value_bytes_ + (*session)->index_bytes_;
     released = End((*session)->id_, Ending::kReleased);
   }
-  return bytes;
+  int64_t reuse_bytes = 0;
+  {
+    absl::MutexLock lock(&released->slots_mu);
+    reuse_bytes = released->slots.held.size_bytes();
+  }
+  absl::ReaderMutexLock lock(&released->mu);
+  return released->sequence->device_bytes() + released->sequence->host_bytes() + reuse_bytes;
 }
 
 SessionState SessionStore::StateOf(const Session& session) const {
