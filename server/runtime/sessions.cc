@@ -463,6 +463,7 @@ void SessionStore::Sweep() {
   for (const auto& [id, session] : sessions_) {
     if (session->num_users_ == 0 && session->expiry_ <= now) over.push_back(id);
   }
+  ended.reserve(over.size());
   for (const std::string& id : over) ended.push_back(End(id, Ending::kExpired));
   absl::erase_if(tombstones_, [now](const auto& entry) { return entry.second.forget <= now; });
 }

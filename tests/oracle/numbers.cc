@@ -2,6 +2,7 @@
 #include "tests/oracle/numbers.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -11,6 +12,19 @@
 namespace dynsplit::oracle {
 namespace {
 
+// Exact, and far cheaper than the library's: most of the suite's time goes into making tensors.
+constexpr int kDoubleBias = 1023;
+constexpr int kDoubleFractionBits = 52;
+
+constexpr double PowerOfTwo(int exponent) {  // of a normal double
+  return std::bit_cast<double>(static_cast<uint64_t>(exponent + kDoubleBias)
+                               << kDoubleFractionBits);
+}
+
+int ExponentOf(double magnitude) {  // normal and positive, as all floats but 0 are
+  return static_cast<int>(std::bit_cast<uint64_t>(magnitude) >> kDoubleFractionBits) - kDoubleBias;
+}
+
 // A binary format of fewer than 32 bits with gradual underflow.
 struct Format {
   int exponent_bits;
@@ -18,12 +32,12 @@ struct Format {
   bool has_infinity;  // IEEE specials; otherwise only the all-ones code is NaN
   bool saturates;
 
-  int bias() const { return (1 << (exponent_bits - 1)) - 1; }
-  int max_exponent_code() const { return (1 << exponent_bits) - 1; }
-  double largest() const {
+  constexpr int bias() const { return (1 << (exponent_bits - 1)) - 1; }
+  constexpr int max_exponent_code() const { return (1 << exponent_bits) - 1; }
+  constexpr double largest() const {
     const int exponent = (has_infinity ? max_exponent_code() - 1 : max_exponent_code()) - bias();
     const int steps = (1 << fraction_bits) - (has_infinity ? 1 : 2);
-    return std::ldexp(1.0 + std::ldexp(steps, -fraction_bits), exponent);
+    return (1 + steps * PowerOfTwo(-fraction_bits)) * PowerOfTwo(exponent);
   }
 };
 
@@ -52,7 +66,7 @@ double Decode(const Format& format, uint32_t bits) {
   return negative ? -magnitude : magnitude;
 }
 
-uint32_t Encode(const Format& format, double value) {
+uint32_t Encode(const Format& format, float value) {
   const uint32_t sign =
       std::signbit(value) ? 1U << (format.exponent_bits + format.fraction_bits) : 0U;
   const auto infinity = static_cast<uint32_t>(format.max_exponent_code()) << format.fraction_bits;
@@ -62,8 +76,8 @@ uint32_t Encode(const Format& format, double value) {
   double magnitude = std::fabs(value);
   if (magnitude == 0) return sign;
   if (!std::isinf(magnitude)) {
-    const int exponent = std::max(std::ilogb(magnitude), 1 - format.bias());
-    const double quantum = std::ldexp(1.0, exponent - format.fraction_bits);
+    const int exponent = std::max(ExponentOf(magnitude), 1 - format.bias());
+    const double quantum = PowerOfTwo(exponent - format.fraction_bits);
     magnitude = std::nearbyint(magnitude / quantum) * quantum;  // division by 2^n: exact
   }
   if (magnitude > format.largest()) {
@@ -71,12 +85,23 @@ uint32_t Encode(const Format& format, double value) {
     magnitude = format.largest();
   }
   if (magnitude == 0) return sign;
-  const int exponent = std::max(std::ilogb(magnitude), 1 - format.bias());
-  const auto steps = static_cast<uint32_t>(std::ldexp(magnitude, format.fraction_bits - exponent));
+  const int exponent = std::max(ExponentOf(magnitude), 1 - format.bias());
+  const auto steps = static_cast<uint32_t>(magnitude * PowerOfTwo(format.fraction_bits - exponent));
   const uint32_t hidden = 1U << format.fraction_bits;
   if (steps < hidden) return sign | steps;  // subnormal
   const auto code = static_cast<uint32_t>(exponent + format.bias());
   return sign | (code << format.fraction_bits) | (steps - hidden);
+}
+
+// Value of every code.
+std::vector<float> DecodeAll(const Format& format) {
+  const uint32_t num_codes = 1U << (1 + format.exponent_bits + format.fraction_bits);
+  std::vector<float> values;
+  values.reserve(num_codes);
+  for (uint32_t code = 0; code < num_codes; ++code) {
+    values.push_back(static_cast<float>(Decode(format, code)));
+  }
+  return values;
 }
 
 template <typename T>
@@ -94,17 +119,21 @@ void Store(std::byte* element, T value) {
 }  // namespace
 
 float DecodeElement(DType dtype, const std::byte* element) {
+  static const auto& float16 = *new std::vector<float>(DecodeAll(kFloat16Format));
+  static const auto& bfloat16 = *new std::vector<float>(DecodeAll(kBFloat16Format));
+  static const auto& e4m3 = *new std::vector<float>(DecodeAll(kE4M3Format));
+  static const auto& e5m2 = *new std::vector<float>(DecodeAll(kE5M2Format));
   switch (dtype) {
     case DType::kFloat32:
       return Load<float>(element);
     case DType::kFloat16:
-      return static_cast<float>(Decode(kFloat16Format, Load<uint16_t>(element)));
+      return float16[Load<uint16_t>(element)];
     case DType::kBFloat16:
-      return static_cast<float>(Decode(kBFloat16Format, Load<uint16_t>(element)));
+      return bfloat16[Load<uint16_t>(element)];
     case DType::kFloat8E4M3:
-      return static_cast<float>(Decode(kE4M3Format, Load<uint8_t>(element)));
+      return e4m3[Load<uint8_t>(element)];
     case DType::kFloat8E5M2:
-      return static_cast<float>(Decode(kE5M2Format, Load<uint8_t>(element)));
+      return e5m2[Load<uint8_t>(element)];
     case DType::kInt8:
       return static_cast<float>(Load<int8_t>(element));
     case DType::kInt32:

@@ -29,6 +29,16 @@ Sequence MakeSequence(const ParityShape& shape, DType value_dtype, uint64_t seed
                            seed + 1)};
 }
 
+// Different ones of a kind.
+std::vector<Sequence> MakeSequences(const ParityShape& shape, DType value_dtype, uint64_t seed,
+                                    uint64_t count) {
+  std::vector<Sequence> sequences;
+  for (uint64_t i = 0; i < count; ++i) {
+    sequences.push_back(MakeSequence(shape, value_dtype, seed + 10 * i));
+  }
+  return sequences;
+}
+
 // Types of values tried with a shape's keys.
 std::vector<DType> ValueTypes(const ParityShape& shape) {
   std::vector<DType> types = {shape.dtype};
@@ -109,18 +119,17 @@ void ExpectAttention(const AttendTokensItem& host, int32_t groups, float scale,
   if (!lse.empty()) ExpectNear(lse, expected.lse, 2 * kUnit, relative, "lse");
 }
 
-void CheckAttend(Backend& backend, const ParityShape& shape, DType value_dtype, int32_t groups,
-                 const std::vector<AttendCase>& cases, bool with_lse) {
+// Items share the sequences.
+void CheckAttend(Backend& backend, const ParityShape& shape, const std::vector<Sequence>& sequences,
+                 int32_t groups, const std::vector<AttendCase>& cases, bool with_lse) {
+  const DType value_dtype = sequences.front().values.view().dtype;
   SCOPED_TRACE("values " + std::string(DTypeName(value_dtype)) + ", groups " +
                std::to_string(groups) + ", items " + std::to_string(cases.size()));
   const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(shape.head_dim)));
   DeviceSession session(backend);
-  std::vector<Sequence> sequences;  // items share a few
   std::vector<std::pair<TensorView, TensorView>> uploaded;
-  for (uint64_t i = 0; i < (shape.small() && cases.size() > 1 ? 2U : 1U); ++i) {
-    sequences.push_back(MakeSequence(shape, value_dtype, 280 + 10 * i));
-    uploaded.emplace_back(session.Upload(sequences.back().keys),
-                          session.Upload(sequences.back().values));
+  for (const Sequence& sequence : sequences) {
+    uploaded.emplace_back(session.Upload(sequence.keys), session.Upload(sequence.values));
   }
   std::vector<AttendInputs> inputs;
   std::vector<AttendTokensItem> items;
@@ -220,7 +229,7 @@ std::vector<int32_t> NextWanted(Random& random, std::span<const int32_t> last, i
 }
 
 struct RefreshItem {
-  Sequence sequence;
+  const Sequence* sequence = nullptr;
   Slots slots;
   bool with_moved = true;
   std::vector<int32_t> wanted;  // [groups, num_rows]
@@ -248,8 +257,8 @@ void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshIt
                        session.Holding(item.slots.key_scales),
                        session.Holding(item.slots.value_scales)});
     const Outputs& out = outputs.back();
-    device.push_back({.keys = session.Upload(item.sequence.keys),
-                      .values = session.Upload(item.sequence.values),
+    device.push_back({.keys = session.Upload(item.sequence->keys),
+                      .values = session.Upload(item.sequence->values),
                       .wanted = session.Upload(item.wanted),
                       .held = out.held.data(),
                       .moved_slots = item.with_moved ? out.moved.data() : nullptr,
@@ -269,8 +278,8 @@ void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshIt
     std::vector<int32_t> moved(static_cast<size_t>(count));
     std::vector<int32_t> num_moved(static_cast<size_t>(shape.num_kv_heads));
     const auto pointer = [](auto& values) { return values.empty() ? nullptr : values.data(); };
-    RefreshRows({.keys = item.sequence.keys.view(),
-                 .values = item.sequence.values.view(),
+    RefreshRows({.keys = item.sequence->keys.view(),
+                 .values = item.sequence->values.view(),
                  .wanted = item.wanted.data(),
                  .held = slots.held.data(),
                  .moved_slots = moved.data(),
@@ -305,14 +314,16 @@ void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshIt
   }
 }
 
-void CheckRefresh(Backend& backend, const ParityShape& shape, DType value_dtype, int32_t groups,
-                  int64_t num_rows) {
+// One item a sequence.
+void CheckRefresh(Backend& backend, const ParityShape& shape,
+                  const std::vector<Sequence>& sequences, int32_t groups, int64_t num_rows) {
+  const DType value_dtype = sequences.front().values.view().dtype;
   SCOPED_TRACE("values " + std::string(DTypeName(value_dtype)) + ", groups " +
                std::to_string(groups) + ", rows " + std::to_string(num_rows));
   Random random(400);
   std::vector<RefreshItem> items;
-  for (uint64_t i = 0; i < (shape.small() ? 3U : 2U); ++i) {
-    items.push_back({MakeSequence(shape, value_dtype, 401 + 10 * i),
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    items.push_back({&sequences[i],
                      EmptySlots(shape, value_dtype, num_rows, /*with_rows=*/i != 1),
                      /*with_moved=*/i != 2,
                      {}});
@@ -358,16 +369,19 @@ void CheckAttendTokens(Backend& backend, const ParityShape& shape) {
   const int64_t some = std::clamp<int64_t>(
       static_cast<int64_t>(shape.kept_ratio * static_cast<double>(all)), 1, all);
   for (DType value_dtype : ValueTypes(shape)) {
+    const auto sequences = MakeSequences(shape, value_dtype, 280, shape.small() ? 2 : 1);
     for (int32_t groups : {shape.num_kv_heads, 1}) {
-      CheckAttend(backend, shape, value_dtype, groups, {{some, false, 0}}, true);
+      CheckAttend(backend, shape, sequences, groups, {{some, false, 0}}, true);
       if (testing::Test::HasFatalFailure()) return;
       std::vector<AttendCase> cases = {
           {some, false, 37}, {0, false, 1}, {all, true, 0}, {(some + 1) / 2, true, 300}};
       if (shape.small()) cases.push_back({all, false, 0});
-      CheckAttend(backend, shape, value_dtype, groups, cases, shape.small());
+      CheckAttend(backend, shape, sequences, groups, cases, shape.small());
       if (testing::Test::HasFatalFailure() || !shape.small()) return;
     }
-    CheckAttend(backend, OtherGranularity(shape), value_dtype, 1, {{some, false, 3}}, false);
+    const ParityShape other = OtherGranularity(shape);
+    CheckAttend(backend, other, MakeSequences(other, value_dtype, 280, 1), 1, {{some, false, 3}},
+                false);
     if (testing::Test::HasFatalFailure()) return;
   }
 }
@@ -377,15 +391,19 @@ void CheckRefreshRows(Backend& backend, const ParityShape& shape) {
   const int64_t some = std::clamp<int64_t>(
       static_cast<int64_t>(shape.kept_ratio * static_cast<double>(all)), 1, all);
   for (DType value_dtype : ValueTypes(shape)) {
+    const uint64_t count = shape.small() ? 3 : 2;
+    const auto sequences = MakeSequences(shape, value_dtype, 401, count);
     for (int32_t groups : {shape.num_kv_heads, 1}) {
       for (int64_t num_rows : {some, (some + all) / 2, all}) {
-        CheckRefresh(backend, shape, value_dtype, groups, num_rows);
+        CheckRefresh(backend, shape, sequences, groups, num_rows);
         if (testing::Test::HasFatalFailure()) return;
         if (!shape.small()) return;
       }
     }
     if (!IsQuantized(shape.dtype) && !IsQuantized(value_dtype)) continue;
-    CheckRefresh(backend, OtherGranularity(shape), value_dtype, shape.num_kept_sets(), some);
+    const ParityShape other = OtherGranularity(shape);
+    CheckRefresh(backend, other, MakeSequences(other, value_dtype, 401, count),
+                 shape.num_kept_sets(), some);
     if (testing::Test::HasFatalFailure()) return;
   }
 }

@@ -70,11 +70,12 @@ void Register(const std::string& suite, const std::string& name, const BackendFa
 
 }  // namespace
 
-int RegisterParityTests(const std::string& prefix, BackendFactory backend) {
+int RegisterParityTests(const std::string& prefix, BackendFactory backend, ShapeSet shapes) {
   const std::string suite = prefix + "Parity";
   int count = 0;
   for (const NamedCheck& check : kChecks) {
     for (const ParityShape& shape : ParityShapes()) {
+      if (shapes == ShapeSet::kSmall && !shape.small()) continue;
       Register(suite, std::string(check.name) + "/" + shape.name, backend,
                [check, &shape](Backend& device) { check.check(device, shape); });
       ++count;

@@ -11,6 +11,7 @@
 // behind them, so that what an operation forgets to write, or writes beyond, fails the test.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <string>
 
@@ -21,8 +22,11 @@ namespace dynsplit::oracle {
 
 using BackendFactory = std::function<Backend*()>;
 
+enum class ShapeSet : uint8_t { kAll, kSmall };  // ParityShape::small
+
 // Returns the number of tests registered.
-int RegisterParityTests(const std::string& prefix, BackendFactory backend);
+int RegisterParityTests(const std::string& prefix, BackendFactory backend,
+                        ShapeSet shapes = ShapeSet::kAll);
 
 // The checks behind them; failures are reported through GoogleTest.
 void CheckScoreWindow(Backend& backend, const ParityShape& shape);

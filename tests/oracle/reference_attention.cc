@@ -54,14 +54,15 @@ AttentionLoss MeasureAttention(const MeasureAttentionParams& p) {
   const int32_t group = p.queries.num_heads / p.keys.num_heads;
   const bool with_values = p.values.data != nullptr && p.kept_keys.data != nullptr;
   AttentionLoss loss;
+  std::vector<std::vector<float>> keys;  // of the group's head
+  std::vector<std::vector<float>> values;
+  std::vector<std::vector<float>> kept_keys;
+  std::vector<std::vector<float>> kept_values;
   for (int32_t a = 0; a < p.queries.num_heads; ++a) {
     const int32_t h = a / group;
     const int32_t* kept = p.kept + (p.groups == 1 ? 0 : h) * p.num_kept;
-    const auto keys = Rows(p.keys, h);
-    std::vector<std::vector<float>> values;
-    std::vector<std::vector<float>> kept_keys;
-    std::vector<std::vector<float>> kept_values;
-    if (with_values) {
+    if (a % group == 0) keys = Rows(p.keys, h);
+    if (a % group == 0 && with_values) {
       values = Rows(p.values, h);
       kept_keys = Rows(p.kept_keys, h);
       kept_values = Rows(p.kept_values, h);

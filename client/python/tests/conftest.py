@@ -57,10 +57,12 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionCl
     finally:
         server.terminate()
         try:
-            server.wait(20)
+            status = server.wait(20)
         except subprocess.TimeoutExpired:
             server.kill()
             raise
+    # What a sanitizer found makes it fail, too.
+    assert status == 0, (tmp_path / "server.log").read_text()
 
 
 def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:

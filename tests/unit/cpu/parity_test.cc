@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The parity suite on the CPU backend, with one thread and with several.
+// The parity suite on the CPU backend, with several threads and, where no shape takes long, with
+// one.
 #include <memory>
 
 #include "server/cpu/cpu_backend.h"
@@ -21,8 +22,9 @@ Backend* FourThreads() {
   return backend.get();
 }
 
-const int kRegistered = oracle::RegisterParityTests("CpuOneThread", OneThread) +
-                        oracle::RegisterParityTests("CpuFourThreads", FourThreads);
+const int kRegistered =
+    oracle::RegisterParityTests("CpuOneThread", OneThread, oracle::ShapeSet::kSmall) +
+    oracle::RegisterParityTests("CpuFourThreads", FourThreads);
 
 }  // namespace
 }  // namespace dynsplit
