@@ -134,6 +134,11 @@ int64_t TestServer::held_bytes() const {
   return live.host_bytes - baseline_host_bytes_ + live.device_bytes - baseline_device_bytes_;
 }
 
+int64_t TestServer::settled_bytes() const {
+  EXPECT_TRUE(Eventually([&] { return server_->live().reserved_bytes == 0; }));
+  return held_bytes();
+}
+
 bool TestServer::ReturnsToBaseline(int64_t held_bytes) const {
   for (int i = 0; i < 1000; ++i) {
     const Metrics::Live live = server_->live();

@@ -51,6 +51,8 @@ class TestServer {
   bool ReturnsToBaseline(int64_t held_bytes = 0) const;
   // Memory of the backend beyond what it held at the start, bytes.
   int64_t held_bytes() const;
+  // The same once no request holds memory: a call's own goes a moment after its answer.
+  int64_t settled_bytes() const;
 
  private:
   ServerConfig config_;

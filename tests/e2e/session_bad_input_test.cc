@@ -47,7 +47,7 @@ struct World {
     writable = Register("writable", true);
     readable = Register("readable", false);
     expected = AnswerOf(server.Select(StepOf(sequence, id)));
-    held_bytes = server.server().held_bytes();
+    held_bytes = server.server().settled_bytes();
   }
   ~World() {
     for (const char* name : {"writable", "readable"}) {

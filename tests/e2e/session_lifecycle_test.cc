@@ -45,7 +45,7 @@ class SessionLifecycleTest : public testing::Test {
     server_ = std::make_unique<SessionServer>(config);
     witness_ = server_->Open(OpenJob(witness_sequence_, witness_sequence_.tokens())).session_id();
     expected_ = AnswerOf(server_->Select(StepOf(witness_sequence_, witness_)));
-    held_bytes_ = server_->server().held_bytes();
+    held_bytes_ = server_->server().settled_bytes();
     EXPECT_GT(held_bytes_, 0);
   }
   void ExpectUnharmed() {
@@ -285,7 +285,7 @@ TEST_F(SessionLifecycleTest, AppendsCutOffLeaveTheSessionAsItWas) {
   Start();
   const std::string id = server_->Open(OpenJob(sequence_, 200, 100)).session_id();
   const std::string before = AnswerOf(server_->Select(StepOf(sequence_, id)));
-  const int64_t held = server_->server().held_bytes();
+  const int64_t held = server_->server().settled_bytes();
   const size_t num_messages = RawAppend(*server_, sequence_, id, 200, 300).messages.size();
   ASSERT_EQ(num_messages, 2U + 5U);
   for (size_t sent = 1; sent < num_messages; ++sent) {

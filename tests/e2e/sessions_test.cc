@@ -696,7 +696,7 @@ TEST_F(SessionsTest, AdviceIsWhatSessionsWeigh) {
                   tolerance * static_cast<double>(predicted.key_value() + predicted.index()));
       EXPECT_EQ(actual.device() + actual.host(),
                 actual.key_value() + actual.index() + actual.reuse());
-      EXPECT_EQ(server_->server().held_bytes(), actual.device() + actual.host());
+      EXPECT_EQ(server_->server().settled_bytes(), actual.device() + actual.host());
       EXPECT_EQ(server_->Release(info.session_id()), actual.device() + actual.host());
     }
   }
