@@ -96,13 +96,17 @@ uint32_t Encode(float value) {
 }
 
 // Value of every code.
-std::vector<float> DecodeAll(const Format& format) {
-  const uint32_t num_codes = 1U << (1 + format.exponent_bits + format.fraction_bits);
-  std::vector<float> values;
-  values.reserve(num_codes);
-  for (uint32_t code = 0; code < num_codes; ++code) {
-    values.push_back(static_cast<float>(Decode(format, code)));
-  }
+template <const Format& format>
+const std::vector<float>& Decoded() {
+  static const auto& values = *[] {
+    const uint32_t num_codes = 1U << (1 + format.exponent_bits + format.fraction_bits);
+    auto* const decoded = new std::vector<float>;
+    decoded->reserve(num_codes);
+    for (uint32_t code = 0; code < num_codes; ++code) {
+      decoded->push_back(static_cast<float>(Decode(format, code)));
+    }
+    return decoded;
+  }();
   return values;
 }
 
@@ -121,21 +125,17 @@ void Store(std::byte* element, T value) {
 }  // namespace
 
 float DecodeElement(DType dtype, const std::byte* element) {
-  static const auto& float16 = *new std::vector<float>(DecodeAll(kFloat16Format));
-  static const auto& bfloat16 = *new std::vector<float>(DecodeAll(kBFloat16Format));
-  static const auto& e4m3 = *new std::vector<float>(DecodeAll(kE4M3Format));
-  static const auto& e5m2 = *new std::vector<float>(DecodeAll(kE5M2Format));
   switch (dtype) {
     case DType::kFloat32:
       return Load<float>(element);
     case DType::kFloat16:
-      return float16[Load<uint16_t>(element)];
+      return Decoded<kFloat16Format>()[Load<uint16_t>(element)];
     case DType::kBFloat16:
-      return bfloat16[Load<uint16_t>(element)];
+      return Decoded<kBFloat16Format>()[Load<uint16_t>(element)];
     case DType::kFloat8E4M3:
-      return e4m3[Load<uint8_t>(element)];
+      return Decoded<kE4M3Format>()[Load<uint8_t>(element)];
     case DType::kFloat8E5M2:
-      return e5m2[Load<uint8_t>(element)];
+      return Decoded<kE5M2Format>()[Load<uint8_t>(element)];
     case DType::kInt8:
       return static_cast<float>(Load<int8_t>(element));
     case DType::kInt32:
