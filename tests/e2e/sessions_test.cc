@@ -378,8 +378,9 @@ TEST_F(SessionsTest, CompanyDoesNotMix) {
     ASSERT_TRUE(client.ReleaseSession(ReleaseRequest(id)).ok());
   };
   for (int i = 0; i < kThreads; ++i) {
-    sequences.push_back(
-        RandomSequence({.num_layers = 1 + i % 3, .num_tokens = 500 + 35 * i, .seed = 50U + i}));
+    sequences.push_back(RandomSequence({.num_layers = 1 + i % 3,
+                                        .num_tokens = 500 + 35 * i,
+                                        .seed = 50U + static_cast<uint32_t>(i)}));
     live(server_->client(), sequences.back(), lone[static_cast<size_t>(i)]);
   }
   std::vector<std::vector<std::string>> together(kThreads * 2);

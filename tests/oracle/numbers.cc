@@ -66,7 +66,9 @@ double Decode(const Format& format, uint32_t bits) {
   return negative ? -magnitude : magnitude;
 }
 
-uint32_t Encode(const Format& format, float value) {
+// Instantiated by format: its numbers are constants in the hottest code of the suite.
+template <const Format& format>
+uint32_t Encode(float value) {
   const uint32_t sign =
       std::signbit(value) ? 1U << (format.exponent_bits + format.fraction_bits) : 0U;
   const auto infinity = static_cast<uint32_t>(format.max_exponent_code()) << format.fraction_bits;
@@ -94,13 +96,17 @@ uint32_t Encode(const Format& format, float value) {
 }
 
 // Value of every code.
-std::vector<float> DecodeAll(const Format& format) {
-  const uint32_t num_codes = 1U << (1 + format.exponent_bits + format.fraction_bits);
-  std::vector<float> values;
-  values.reserve(num_codes);
-  for (uint32_t code = 0; code < num_codes; ++code) {
-    values.push_back(static_cast<float>(Decode(format, code)));
-  }
+template <const Format& format>
+const std::vector<float>& Decoded() {
+  static const auto& values = *[] {
+    const uint32_t num_codes = 1U << (1 + format.exponent_bits + format.fraction_bits);
+    auto* const decoded = new std::vector<float>;
+    decoded->reserve(num_codes);
+    for (uint32_t code = 0; code < num_codes; ++code) {
+      decoded->push_back(static_cast<float>(Decode(format, code)));
+    }
+    return decoded;
+  }();
   return values;
 }
 
@@ -119,21 +125,17 @@ void Store(std::byte* element, T value) {
 }  // namespace
 
 float DecodeElement(DType dtype, const std::byte* element) {
-  static const auto& float16 = *new std::vector<float>(DecodeAll(kFloat16Format));
-  static const auto& bfloat16 = *new std::vector<float>(DecodeAll(kBFloat16Format));
-  static const auto& e4m3 = *new std::vector<float>(DecodeAll(kE4M3Format));
-  static const auto& e5m2 = *new std::vector<float>(DecodeAll(kE5M2Format));
   switch (dtype) {
     case DType::kFloat32:
       return Load<float>(element);
     case DType::kFloat16:
-      return float16[Load<uint16_t>(element)];
+      return Decoded<kFloat16Format>()[Load<uint16_t>(element)];
     case DType::kBFloat16:
-      return bfloat16[Load<uint16_t>(element)];
+      return Decoded<kBFloat16Format>()[Load<uint16_t>(element)];
     case DType::kFloat8E4M3:
-      return e4m3[Load<uint8_t>(element)];
+      return Decoded<kE4M3Format>()[Load<uint8_t>(element)];
     case DType::kFloat8E5M2:
-      return e5m2[Load<uint8_t>(element)];
+      return Decoded<kE5M2Format>()[Load<uint8_t>(element)];
     case DType::kInt8:
       return static_cast<float>(Load<int8_t>(element));
     case DType::kInt32:
@@ -147,13 +149,13 @@ void EncodeElement(DType dtype, float value, std::byte* element) {
     case DType::kFloat32:
       return Store(element, value);
     case DType::kFloat16:
-      return Store(element, static_cast<uint16_t>(Encode(kFloat16Format, value)));
+      return Store(element, static_cast<uint16_t>(Encode<kFloat16Format>(value)));
     case DType::kBFloat16:
-      return Store(element, static_cast<uint16_t>(Encode(kBFloat16Format, value)));
+      return Store(element, static_cast<uint16_t>(Encode<kBFloat16Format>(value)));
     case DType::kFloat8E4M3:
-      return Store(element, static_cast<uint8_t>(Encode(kE4M3Format, value)));
+      return Store(element, static_cast<uint8_t>(Encode<kE4M3Format>(value)));
     case DType::kFloat8E5M2:
-      return Store(element, static_cast<uint8_t>(Encode(kE5M2Format, value)));
+      return Store(element, static_cast<uint8_t>(Encode<kE5M2Format>(value)));
     case DType::kInt8:
       return Store(element,
                    static_cast<int8_t>(std::clamp(std::nearbyint(value), -127.0F, 127.0F)));

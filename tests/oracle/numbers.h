@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "server/pipeline/types.h"
 
@@ -25,5 +26,17 @@ void EncodeBound(DType dtype, double value, bool up, std::byte* element);
 const std::byte* ElementAddress(const TensorView& view, int64_t token, int32_t head, int32_t c);
 float ElementValue(const TensorView& view, int64_t token, int32_t head, int32_t c);
 float ElementScale(const TensorView& view, int64_t token, int32_t head);
+
+// Four sums side by side: one alone waits for each addition, and the largest shapes have many.
+template <typename T>
+double Dot(const std::vector<T>& a, const std::vector<T>& b) {
+  double sums[4] = {};
+  size_t c = 0;
+  for (; c + 4 <= a.size(); c += 4) {
+    for (size_t i = 0; i < 4; ++i) sums[i] += double{a[c + i]} * double{b[c + i]};
+  }
+  for (; c < a.size(); ++c) sums[0] += double{a[c]} * double{b[c]};
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
 }  // namespace dynsplit::oracle

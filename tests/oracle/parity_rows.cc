@@ -230,16 +230,16 @@ std::vector<int32_t> NextWanted(Random& random, std::span<const int32_t> last, i
 
 struct RefreshItem {
   const Sequence* sequence = nullptr;
+  TensorView device_keys, device_values;
   Slots slots;
   bool with_moved = true;
   std::vector<int32_t> wanted;  // [groups, num_rows]
 };
 
 // One step of all items against the oracle; their slots go on to the next step.
-void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshItem>& items,
+void CheckStep(DeviceSession& session, const ParityShape& shape, std::vector<RefreshItem>& items,
                int32_t groups, int64_t num_rows) {
   const int64_t count = shape.num_kv_heads * num_rows;
-  DeviceSession session(backend);
   struct Outputs {
     Output<int32_t> held, moved, num_moved;
     Output<std::byte> key_rows, value_rows;
@@ -257,8 +257,8 @@ void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshIt
                        session.Holding(item.slots.key_scales),
                        session.Holding(item.slots.value_scales)});
     const Outputs& out = outputs.back();
-    device.push_back({.keys = session.Upload(item.sequence->keys),
-                      .values = session.Upload(item.sequence->values),
+    device.push_back({.keys = item.device_keys,
+                      .values = item.device_values,
                       .wanted = session.Upload(item.wanted),
                       .held = out.held.data(),
                       .moved_slots = item.with_moved ? out.moved.data() : nullptr,
@@ -268,7 +268,7 @@ void CheckStep(Backend& backend, const ParityShape& shape, std::vector<RefreshIt
                       .key_scales = null_if_empty(out.key_scales),
                       .value_scales = null_if_empty(out.value_scales)});
   }
-  const absl::Status status = backend.RefreshRows(
+  const absl::Status status = session.backend().RefreshRows(
       {.items = device, .groups = groups, .num_rows = num_rows}, session.stream());
   ASSERT_TRUE(status.ok()) << status;
   for (size_t i = 0; i < items.size(); ++i) {
@@ -321,9 +321,12 @@ void CheckRefresh(Backend& backend, const ParityShape& shape,
   SCOPED_TRACE("values " + std::string(DTypeName(value_dtype)) + ", groups " +
                std::to_string(groups) + ", rows " + std::to_string(num_rows));
   Random random(400);
+  DeviceSession session(backend);
   std::vector<RefreshItem> items;
   for (size_t i = 0; i < sequences.size(); ++i) {
     items.push_back({&sequences[i],
+                     session.Upload(sequences[i].keys),
+                     session.Upload(sequences[i].values),
                      EmptySlots(shape, value_dtype, num_rows, /*with_rows=*/i != 1),
                      /*with_moved=*/i != 2,
                      {}});
@@ -350,7 +353,7 @@ void CheckRefresh(Backend& backend, const ParityShape& shape,
       }
       item.wanted = next;
     }
-    CheckStep(backend, shape, items, groups, num_rows);
+    CheckStep(session, shape, items, groups, num_rows);
     if (testing::Test::HasFatalFailure()) return;
   }
 }

@@ -11,14 +11,9 @@ namespace {
 
 std::vector<float> Row(const TensorView& view, int64_t token, int32_t head) {
   std::vector<float> row;
+  row.reserve(static_cast<size_t>(view.head_dim));
   for (int32_t c = 0; c < view.head_dim; ++c) row.push_back(ElementValue(view, token, head, c));
   return row;
-}
-
-double Dot(const std::vector<float>& a, const std::vector<float>& b) {
-  double sum = 0;
-  for (size_t c = 0; c < a.size(); ++c) sum += double{a[c]} * b[c];
-  return sum;
 }
 
 // Softmax over the given logits; empty in, empty out.
@@ -106,8 +101,9 @@ AttentionLoss MeasureAttention(const MeasureAttentionParams& p) {
 std::vector<double> MeasureSpans(const MeasureSpansParams& p) {
   const int32_t group = p.queries.num_heads / p.keys.num_heads;
   std::vector<double> masses(static_cast<size_t>(3 * p.queries.num_tokens), 0.0);
+  std::vector<std::vector<float>> keys;  // of the group's head
   for (int32_t a = 0; a < p.queries.num_heads; ++a) {
-    const auto keys = Rows(p.keys, a / group);
+    if (a % group == 0) keys = Rows(p.keys, a / group);
     for (int64_t n = 0; n < p.queries.num_tokens; ++n) {
       const std::vector<float> query = Row(p.queries, n, a);
       std::vector<double> logits;

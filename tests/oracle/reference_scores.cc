@@ -16,17 +16,12 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 Matrix HeadRows(const TensorView& view, int32_t head) {
   Matrix rows(static_cast<size_t>(view.num_tokens));
   for (int64_t t = 0; t < view.num_tokens; ++t) {
+    rows[static_cast<size_t>(t)].reserve(static_cast<size_t>(view.head_dim));
     for (int32_t c = 0; c < view.head_dim; ++c) {
       rows[static_cast<size_t>(t)].push_back(ElementValue(view, t, head, c));
     }
   }
   return rows;
-}
-
-double Dot(const std::vector<double>& a, const std::vector<double>& b) {
-  double sum = 0;
-  for (size_t c = 0; c < a.size(); ++c) sum += a[c] * b[c];
-  return sum;
 }
 
 double LogSumExp(const std::vector<double>& logits) {
@@ -61,9 +56,10 @@ std::vector<double> WindowLse(const TensorView& queries, const TensorView& keys,
   const int32_t group = queries.num_heads / keys.num_heads;
   const int64_t first = keys.num_tokens - queries.num_tokens;
   std::vector<double> lse(static_cast<size_t>(queries.num_tokens * queries.num_heads));
+  Matrix k;  // of the group's head
   for (int32_t a = 0; a < queries.num_heads; ++a) {
     const Matrix q = HeadRows(queries, a);
-    const Matrix k = HeadRows(keys, a / group);
+    if (a % group == 0) k = HeadRows(keys, a / group);
     for (int64_t i = 0; i < queries.num_tokens; ++i) {
       std::vector<double> logits;
       for (int64_t t = 0; t <= first + i; ++t) {
@@ -84,10 +80,11 @@ std::vector<double> ScoreWindow(const ScoreWindowParams& params) {
   std::vector<double> computed;
   if (params.lse == nullptr) computed = WindowLse(queries, keys, params.softmax_scale);
   std::vector<double> scores(static_cast<size_t>(keys.num_heads * num_tokens), 0.0);
+  Matrix k;  // of the group's head
   for (int32_t a = 0; a < queries.num_heads; ++a) {
     const int32_t h = a / group;
     const Matrix q = HeadRows(queries, a);
-    const Matrix k = HeadRows(keys, h);
+    if (a % group == 0) k = HeadRows(keys, h);
     std::vector<double> mean(static_cast<size_t>(num_tokens - window), 0.0);
     for (int64_t i = 0; i < window; ++i) {
       const int64_t row = i * queries.num_heads + a;
