@@ -11,13 +11,14 @@
 #include "server/pipeline/errors.h"
 #include "server/runtime/generation.h"
 #include "server/runtime/host_finite.h"
+#include "server/runtime/moved_rows.h"
+#include "server/runtime/parts.h"
 
 namespace dynsplit {
 namespace {
 
 constexpr auto kIndexBytes = static_cast<int64_t>(sizeof(int32_t));
 constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
-constexpr int64_t kPartAlignmentBytes = 256;
 // No operation needs more, so that no offset of a caller can fault the device.
 constexpr uintptr_t kRegionAlignmentBytes = 16;
 // Of the answer, beside the bulk: of each sequence, and of each of its layers.
@@ -48,21 +49,6 @@ class SessionLocks {
  private:
   std::vector<Session*> sessions_;
   std::vector<Session*> slots_;
-};
-
-// Parts of one allocation, laid out before it is made.
-class Parts {
- public:
-  int64_t Add(int64_t size_bytes) {
-    const int64_t offset = end_;
-    end_ =
-        (end_ + size_bytes + kPartAlignmentBytes - 1) / kPartAlignmentBytes * kPartAlignmentBytes;
-    return offset;
-  }
-  int64_t size_bytes() const { return end_; }
-
- private:
-  int64_t end_ = 0;
 };
 
 // One step on its way. Offsets are those of parts of the selection's buffers.
@@ -525,126 +511,23 @@ class Selection {
     return step.gathers_inline() ? FetchRows(step, result) : absl::OkStatus();
   }
 
-  // Slots of one layer that answer a regular tensor: those that changed, then others in order.
-  static MovedLayer RegularSlots(const Step& step, const int32_t* moved, const int32_t* counts) {
-    MovedLayer layer;
-    layer.num_rows = *std::max_element(counts, counts + step.heads());
-    layer.slots.reserve(static_cast<size_t>(step.heads() * layer.num_rows));
-    std::vector<uint8_t> taken(static_cast<size_t>(step.num_rows()));
-    for (int32_t head = 0; head < step.heads(); ++head) {
-      std::fill(taken.begin(), taken.end(), uint8_t{0});
-      const int32_t* own = moved + head * step.num_rows();
-      for (int32_t i = 0; i < counts[head]; ++i) {
-        layer.slots.push_back(own[i]);
-        taken[static_cast<size_t>(own[i])] = 1;
-      }
-      int64_t missing = layer.num_rows - counts[head];
-      for (int32_t slot = 0; missing > 0; ++slot) {
-        if (taken[static_cast<size_t>(slot)] != 0) continue;
-        layer.slots.push_back(slot);
-        --missing;
-      }
-    }
-    return layer;
-  }
-
   absl::Status FetchRows(const Step& step, StepResult& result) {
-    Parts rows;
-    struct Places {
-      int64_t kept = 0, keys = 0, values = 0, key_scales = 0, value_scales = 0;
-    };
-    std::vector<Places> places(static_cast<size_t>(step.num_layers()));
-    Parts kept;
-    for (int32_t place = 0; place < step.num_layers(); ++place) {
-      MovedLayer layer;
-      if (!step.dense(place)) {
-        layer = RegularSlots(step, Host<int32_t>(step.moved_offset) + place * step.layer_rows(),
-                             Host<int32_t>(step.count_offset) + place * step.heads());
-      }
-      const auto count = static_cast<int64_t>(layer.slots.size());
-      Places& own = places[static_cast<size_t>(place)];
-      own.kept = kept.Add(count * kIndexBytes);
-      own.keys = rows.Add(count * step.key_row_bytes());
-      own.values = rows.Add(count * step.value_row_bytes());
-      if (step.key_scales()) own.key_scales = rows.Add(count * kFloatBytes);
-      if (step.value_scales()) own.value_scales = rows.Add(count * kFloatBytes);
-      if (!step.all_rows_move) {
-        absl::Status status = TakeAnswer(step, count * step.row_bytes(), kInsteadOfRows);
-        if (!status.ok()) return status;
-      }
-      result.moved.push_back(std::move(layer));
-    }
-    if (rows.size_bytes() == 0) return absl::OkStatus();
-    absl::StatusOr<Buffer> kept_host = backend_.AllocateHost(kept.size_bytes());
-    if (!kept_host.ok()) return kept_host.status();
-    for (int32_t place = 0; place < step.num_layers(); ++place) {
-      const MovedLayer& layer = result.moved[static_cast<size_t>(place)];
-      const int32_t* held = Host<int32_t>(step.held_offset) + place * step.layer_rows();
-      auto* tokens =
-          reinterpret_cast<int32_t*>(kept_host->data() + places[static_cast<size_t>(place)].kept);
-      for (size_t i = 0; i < layer.slots.size(); ++i) {
-        const int64_t head = static_cast<int64_t>(i) / layer.num_rows;
-        tokens[i] = held[head * step.num_rows() + layer.slots[i]];
-      }
+    const SlotChanges changes = {.moved = Host<int32_t>(step.moved_offset),
+                                 .counts = Host<int32_t>(step.count_offset),
+                                 .held = Host<int32_t>(step.held_offset)};
+    result.moved = RegularLayers(step.selection, changes);
+    if (!step.all_rows_move) {  // else counted before the step
+      int64_t rows = 0;
+      for (const MovedLayer& layer : result.moved) rows += static_cast<int64_t>(layer.slots.size());
+      absl::Status status = TakeAnswer(step, rows * step.row_bytes(), kInsteadOfRows);
+      if (!status.ok()) return status;
     }
     const absl::Time start = absl::Now();
-    absl::StatusOr<Buffer> kept_device = backend_.ToDevice(*kept_host, stream_);
-    if (!kept_device.ok()) return kept_device.status();
-    absl::StatusOr<Buffer> device = backend_.Allocate(rows.size_bytes(), stream_);
-    if (!device.ok()) return device.status();
-    absl::Status status;
-    for (int32_t place = 0; place < step.num_layers() && status.ok(); ++place) {
-      const int64_t count = result.moved[static_cast<size_t>(place)].num_rows;
-      if (count == 0) continue;
-      const Places& own = places[static_cast<size_t>(place)];
-      const auto* tokens = reinterpret_cast<const int32_t*>(kept_device->data() + own.kept);
-      const int64_t num_tokens = step.sequence->num_tokens();
-      const auto gather = [&](const TensorView& view, int64_t at, int64_t scales_at) {
-        const int64_t row_bytes = view.head_dim * DTypeBytes(view.dtype);
-        const GatherPagesParams params = {
-            .source = view,
-            .kept = tokens,
-            .groups = step.heads(),
-            .num_kept = count,
-            .page_size = 1,
-            .format = EncodingPolicy::Format::kAsIs,
-            .scale_granularity = ScaleGranularity::kTokenHead,
-            .out_dtype = view.dtype,
-            .rotation = {},
-            .pages = device->data() + at,
-            .scales = IsQuantized(view.dtype) ? reinterpret_cast<float*>(device->data() + scales_at)
-                                              : nullptr,
-            .slot_stride_bytes = row_bytes,
-            .head_stride_bytes = count * row_bytes,
-            .scale_head_stride = count};
-        return backend_.GatherPages(params, stream_);
-      };
-      status = gather(step.sequence->Keys(step.layer(place), num_tokens), own.keys, own.key_scales);
-      if (status.ok()) {
-        status = gather(step.sequence->Values(step.layer(place), num_tokens), own.values,
-                        own.value_scales);
-      }
-    }
-    absl::StatusOr<Buffer> host = absl::InternalError("");
-    if (status.ok()) {
-      host = backend_.ToHost(*std::move(device), stream_);
-      status = host.status();
-    }
-    status.Update(stream_.Synchronize());
+    absl::StatusOr<Buffer> memory =
+        ReadRows(step.selection, changes, result.moved, backend_, stream_);
     device_time_ += absl::Now() - start;
-    if (!status.ok()) return status;
-    for (int32_t place = 0; place < step.num_layers(); ++place) {
-      MovedLayer& layer = result.moved[static_cast<size_t>(place)];
-      const Places& own = places[static_cast<size_t>(place)];
-      const auto bytes = [&](int64_t at, int64_t each) {
-        return Bytes(host->data() + at, layer.slots.size() * static_cast<size_t>(each));
-      };
-      layer.keys = bytes(own.keys, step.key_row_bytes());
-      layer.values = bytes(own.values, step.value_row_bytes());
-      if (step.key_scales()) layer.key_scales = bytes(own.key_scales, kFloatBytes);
-      if (step.value_scales()) layer.value_scales = bytes(own.value_scales, kFloatBytes);
-    }
-    result_.memory.push_back(*std::move(host));
+    if (!memory.ok()) return memory.status();
+    result_.memory.push_back(*std::move(memory));
     return absl::OkStatus();
   }
 
