@@ -21,31 +21,11 @@ constexpr int kTileItems = kAttendTile;
 constexpr int kItemTiles = kTileItems / kTileCols;
 constexpr int kStages = 2;
 
-template <typename T>
-__device__ uint32_t PackPair(float low, float high) {
-  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(pair);
-}
-template <typename T>
-__device__ float Remainder(float value) {
-  return value - static_cast<float>(static_cast<T>(value));
-}
-
 // Values are read transposed, eight items of one chunk at a time: chunk c of item n lies at
 // c ^ (n & 7).
 template <int KS>
 __device__ uint4* ValueChunk(uint4* tile, int item, int chunk) {
   return tile + item * (KS * 4) + (chunk ^ (item & 7));
-}
-
-// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of
-// matrix l / 8.
-__device__ void LoadTransposed(uint32_t (&out)[4], const void* row) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(address)
-               : "memory");
 }
 
 template <typename T>

@@ -9,6 +9,7 @@
 
 #include "cuda/async_copy.cuh"
 #include "cuda/attend_tokens.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/tensor.cuh"
 
 namespace dynsplit::kernels {
@@ -52,25 +53,6 @@ struct Stage {
     return reinterpret_cast<float*>(stage + 2 * kSideChunks);
   }
 };
-
-template <typename T>
-__device__ inline uint32_t PackPair(float low, float high) {
-  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(pair);
-}
-template <typename T>
-__device__ inline float Remainder(float value) {
-  return value - static_cast<float>(static_cast<T>(value));
-}
-
-// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of
-// matrix l / 8.
-__device__ inline void LoadTransposed(uint32_t (&out)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
 
 // ---- codes of quantised types -> bfloat16, exactly ---------------------------------------------
 

@@ -82,4 +82,25 @@ __device__ inline uint4 LoadBits(const std::byte* address, bool aligned) {
   return *reinterpret_cast<const uint4*>(&chunk);
 }
 
+template <typename T>
+__device__ inline uint32_t PackPair(float low, float high) {
+  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
+  return *reinterpret_cast<const uint32_t*>(pair);
+}
+// What rounding to T loses.
+template <typename T>
+__device__ inline float Remainder(float value) {
+  return value - static_cast<float>(static_cast<T>(value));
+}
+
+// Four 8 x 8 matrices of 16-bit elements, transposed; lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ inline void LoadTransposed(uint32_t (&out)[4], const void* row) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+}
+
 }  // namespace dynsplit::kernels

@@ -100,12 +100,6 @@ __device__ uint4 LoadOnce(const std::byte* address) {
   return value;
 }
 
-template <typename T>
-__device__ uint32_t PackPair(float low, float high) {
-  const T pair[2] = {static_cast<T>(low), static_cast<T>(high)};
-  return *reinterpret_cast<const uint32_t*>(pair);
-}
-
 // Two e4m3 codes as fp16.
 __device__ uint32_t Widen(uint32_t codes) {
   const __half2_raw pair =
