@@ -11,6 +11,7 @@
 #include "cuda/column_softmax.h"
 #include "cuda/device_memory.h"
 #include "cuda/score_blocks.h"
+#include "cuda/segment_tokens.h"
 #include "cuda/select_blocks.h"
 
 namespace dynsplit {
@@ -187,6 +188,21 @@ TEST(SelectConfigTest, TeamsRunAtOnceAndHaveWork) {
       EXPECT_TRUE(size == 1 || size * num_teams <= 132);
       EXPECT_EQ(size & (size - 1), 0);
       EXPECT_LE(size, 8);
+    }
+  }
+}
+
+TEST(SegmentConfigTest, ChunksHoldTheLongestBlockAndTheLastPosition) {
+  for (int32_t lookahead : {1, 20, 1023, 1024, 1025, 8191}) {
+    for (int64_t num_tokens : {1, 1023, 1024, 1'000'000, 2'147'483'647}) {
+      const kernels::SegmentShape shape = kernels::SegmentShapeOf(num_tokens, lookahead);
+      EXPECT_GE(shape.chunk_tokens, lookahead);
+      EXPECT_EQ(shape.chunk_tokens % kernels::kSegmentChunkTokens, 0);
+      EXPECT_GT(int64_t{shape.num_chunks} * shape.chunk_tokens, num_tokens);
+      EXPECT_LE(int64_t{shape.num_chunks - 1} * shape.chunk_tokens, num_tokens);
+      EXPECT_GE(shape.num_spans * kernels::kSegmentSpanChunks, shape.num_chunks);
+      EXPECT_LE(shape.ChunkSharedBytes(lookahead / 2), 163 * 1024);  // compute capability 8.0
+      EXPECT_LE(shape.EmitSharedBytes(), 48 * 1024);
     }
   }
 }
