@@ -18,15 +18,29 @@ using Reduction = ScoringPolicy::BlockReduction;
 // token `base`, which may lie before `begin`, is 16-byte aligned.
 __device__ void LoadTile(const float* scores, int64_t begin, int64_t end, int64_t base,
                          float (&tile)[kTileTokens]) {
+  constexpr int kStep = kThreads * kVector;
+  constexpr int kLoads = kTileTokens / kStep;
+  const int first = static_cast<int>(threadIdx.x) * kVector;
+  const auto is_whole = [&](int load) {
+    const int64_t t = base + first + load * kStep;
+    return t >= begin && t + kVector <= end;
+  };
+  float4 vectors[kLoads];  // all requested before the first is used
 #pragma unroll
-  for (int i = 0; i < kTileTokens; i += kThreads * kVector) {
-    const int at = i + static_cast<int>(threadIdx.x) * kVector;
-    const int64_t t = base + at;
-    if (t >= begin && t + kVector <= end) {
-      *reinterpret_cast<float4*>(tile + at) = *reinterpret_cast<const float4*>(scores + t);
+  for (int i = 0; i < kLoads; ++i) {
+    if (is_whole(i)) {
+      vectors[i] = *reinterpret_cast<const float4*>(scores + base + first + i * kStep);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kLoads; ++i) {
+    const int at = first + i * kStep;
+    if (is_whole(i)) {
+      *reinterpret_cast<float4*>(tile + at) = vectors[i];
     } else {
       for (int k = 0; k < kVector; ++k) {
-        if (t + k >= begin && t + k < end) tile[at + k] = scores[t + k];
+        const int64_t t = base + at + k;
+        if (t >= begin && t < end) tile[at + k] = scores[t];
       }
     }
   }
