@@ -43,8 +43,8 @@ TEST(CudaSegmentTest, PreparedSequencesAreCutAsOnTheHost) {
       spec.shape = {.num_layers = 1,
                     .num_query_heads = 1,
                     .num_kv_heads = 1,
-                    .head_dim = 64,
-                    .num_tokens = num_tokens};
+                    .num_tokens = num_tokens,
+                    .head_dim = 64};
       spec.policy.segmentation.method = SegmentationPolicy::Method::kDynamic;
       spec.policy.positions = Positions::kOriginal;
       spec.policy.scoring.method = ScoringPolicy::Method::kKeyNorm;
