@@ -274,10 +274,15 @@ void CheckSelectLarge(Backend& backend) {
     int64_t num_tokens;
     int32_t min_block, max_block, groups;
   };
-  constexpr LargeCase kCases[] = {
-      {131072, 8, 20, 8},       {131072, 1, 1, 2}, {150001, 1, 1, 2}, {140003, 1, 3, 1},
-      {40000, 1, 1, 64},        {33000, 1, 1, 1},  {5000, 1, 9, 130}, {150000, 1 << 18, 1 << 18, 2},
-      {131073, 65536, 65536, 2}};
+  constexpr LargeCase kCases[] = {{131072, 8, 20, 8},
+                                  {131072, 1, 1, 1},
+                                  {150001, 1, 1, 1},
+                                  {140003, 1, 3, 1},
+                                  {3000, 1, 1, 64},
+                                  {33000, 1, 1, 2},
+                                  {150000, 1 << 18, 1 << 18, 2},
+                                  {5000, 1, 9, 130},
+                                  {131073, 65536, 65536, 2}};
   for (const LargeCase& large : kCases) {
     SelectionCase test = RandomCase({.name = "large",
                                      .num_tokens = large.num_tokens,
