@@ -371,6 +371,23 @@ struct CheckFiniteParams {
   int32_t* first_bad_token = nullptr;  // out [1]
 };
 
+// DD-Select (segmentation.h, Method::kDynamic) by a table of weights, for all starts at once.
+// Requires: 0 < T < 2^31 and what a validated policy has: 0 <= max_deviation < block_size <= 4096,
+// balance in [0, 1].
+struct SegmentTokensParams {
+  const int32_t* token_ids = nullptr;  // [T]
+  int64_t num_tokens = 0;              // T
+  const float* weights = nullptr;      // [num_weights] by token id; negative = no delimiter
+  int64_t num_weights = 0;             // ids beyond are no delimiters
+  int32_t block_size = 0;
+  int32_t max_deviation = 0;
+  double balance = 0;
+  int32_t* block_starts = nullptr;  // out [B + 1]; room for [MaxSegmentStarts]
+  int32_t* counts = nullptr;        // out [2]: B, and the first token of the open block
+};
+// B + 1 at most.
+int64_t MaxSegmentStarts(int64_t num_tokens, int32_t block_size, int32_t max_deviation);
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -425,6 +442,7 @@ class Backend {
   virtual absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) = 0;
   virtual absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) = 0;
   virtual absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) = 0;
+  virtual absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) = 0;
 };
 
 }  // namespace dynsplit

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "server/pipeline/backend.h"
+#include "server/pipeline/segmentation.h"
 
 namespace dynsplit::oracle {
 
@@ -41,6 +42,8 @@ struct Selection {
   std::vector<std::vector<int32_t>> kept;  // per group, ascending
 };
 Selection SelectTokens(const SelectTokensParams& params);
+
+Segmentation SegmentTokens(const SegmentTokensParams& params);
 
 std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups);  // [groups, n]
 
