@@ -37,7 +37,7 @@ struct GatherCase {
   Format format = Format::kAsIs;
   ScaleGranularity granularity = ScaleGranularity::kHead;
   bool turned = false;  // the keys
-  std::string target;
+  std::string target{};
 };
 
 class BytesBench {
