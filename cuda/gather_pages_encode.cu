@@ -50,7 +50,9 @@ struct EncodeItem {
 struct EncodeBatch {
   EncodeItem items[kGatherBatchItems];
   uint32_t first_ticket[kGatherBatchItems + 1];
-  uint32_t* shared;  // zeros: next ticket, counters of done amax tiles, amax bits; scales per head
+  // For scales per head, zeros at first: next ticket, done amax tiles of chunks, amax bits of
+  // heads.
+  uint32_t* shared;
   int num_items;
   int lanes;  // of a row
   Scales scales;
@@ -452,15 +454,16 @@ __device__ void EncodeRows(const EncodeBatch& batch, const EncodeItem& item, con
       }
       Divide(scale, values);
     }
-    if (!inside) continue;
-    std::byte* const out = OutputRow(p, at.slot, at.h);
+    if (inside) {  // lanes of a warp stay together for the next row
+      std::byte* const out = OutputRow(p, at.slot, at.h);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
-      const int chunk = lane + part * batch.lanes;
-      if (chunk * kChunk < p.source.head_dim) {
-        Chunk<Out> codes;
-        Encode(values[part], codes);
-        StoreChunk(out + chunk * static_cast<int>(sizeof(codes.values)), codes, item.out_aligned);
+      for (int part = 0; part < kParts; ++part) {
+        const int chunk = lane + part * batch.lanes;
+        if (chunk * kChunk < p.source.head_dim) {
+          Chunk<Out> codes;
+          Encode(values[part], codes);
+          StoreChunk(out + chunk * static_cast<int>(sizeof(codes.values)), codes, item.out_aligned);
+        }
       }
     }
   }
