@@ -167,22 +167,22 @@ class LayerBench {
   }
   void Gather(const Buffer& source, const Buffer& pages, EncodingPolicy::Format format) {
     const bool encoded = format != EncodingPolicy::Format::kAsIs;
-    Check(kernels::GatherPages(
-        {.source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
-         .kept = kept_.as<int32_t>(),
-         .groups = groups_,
-         .num_kept = num_kept_,
-         .page_size = kPageSize,
-         .format = format,
-         .out_dtype = encoded ? DType::kFloat8E4M3 : DType::kBFloat16,
-         .rotation = {},
-         .pages = pages.data(),
-         .scales = encoded ? scales_.as<float>() : nullptr},
-        device_.launch));
+    const GatherPagesItem item = {
+        .source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
+        .kept = kept_.as<int32_t>(),
+        .groups = groups_,
+        .num_kept = num_kept_,
+        .page_size = kPageSize,
+        .format = format,
+        .out_dtype = encoded ? DType::kFloat8E4M3 : DType::kBFloat16,
+        .rotation = {},
+        .pages = pages.data(),
+        .scales = encoded ? scales_.as<float>() : nullptr};
+    Check(kernels::GatherPages({.items = {&item, 1}}, device_.launch));
   }
   void CheckFinite(int i) {
-    Check(kernels::CheckFinite({.tensor = Keys(i), .first_bad_token = counts_.as<int32_t>()},
-                               device_.launch));
+    const CheckFiniteItem item = {.tensor = Keys(i), .first_bad_token = counts_.as<int32_t>()};
+    Check(kernels::CheckFinite({.items = {&item, 1}}, device_.launch));
   }
   void Layer(int i, bool with_lse) {
     Score(i, with_lse);

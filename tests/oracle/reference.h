@@ -60,14 +60,14 @@ struct Pages {
   std::vector<std::byte> bytes;  // [num_pages, page_size, Hkv, D]
   std::vector<float> scales;     // empty, [Hkv] or [num_pages, page_size, Hkv]
 };
-Pages GatherPages(const GatherPagesParams& params);
+Pages GatherPages(const GatherPagesItem& item);
 
 struct AttentionLoss {
   std::vector<double> mass, err_sq, ref_sq;  // [Hq]; the last two empty without values
 };
 AttentionLoss MeasureAttention(const MeasureAttentionParams& params);
 std::vector<double> MeasureSpans(const MeasureSpansParams& params);  // [N, 3]
-int32_t CheckFinite(const CheckFiniteParams& params);
+int32_t CheckFinite(const CheckFiniteItem& item);
 
 // Turns channels [0, rotary_dim) of `row` by -delta positions, in fp32 with one rounding for each
 // product and sum.
