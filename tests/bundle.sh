@@ -13,7 +13,7 @@ bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
 
-for name in gpu_tests bench_gpu bench_decode bench_select dynsplitd dynsplit; do
+for name in gpu_tests bench_layer bench_decode bench_select dynsplitd dynsplit; do
   path=$(find "$build" -type f -executable -name "$name" | head -n 1)
   if [ -z "$path" ]; then
     echo "bundle.sh: $name is not built in $build" >&2

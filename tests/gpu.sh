@@ -44,7 +44,7 @@ step tests 300 bin/gpu_tests --gtest_brief=1
 step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
 for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
 sanitize racecheck 280 "$race"
-step bench 200 bin/bench_gpu
+step bench 200 bin/bench_layer
 step decode 200 bin/bench_decode
 step select 280 tests/bench/select.sh bin/dynsplitd bin/bench_select --ipc --tokens 131072 --layers 32
 
