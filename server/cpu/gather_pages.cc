@@ -75,8 +75,9 @@ class PageGatherer {
   bool ScalesPerToken(ScaleGranularity granularity) const {
     return p_.scales != nullptr && granularity == ScaleGranularity::kTokenHead;
   }
-  // Scratch of a thread: a row, its cosines and sines.
-  int64_t SlotFloats() const { return p_.source.head_dim + p_.rotation.rotary_dim + 16; }
+  bool Streams() const { return num_slots_ * heads_ * row_bytes_ >= kStreamBytes; }
+  // Scratch of a thread: a row, its cosines and sines, the row encoded.
+  int64_t SlotFloats() const { return 2 * p_.source.head_dim + p_.rotation.rotary_dim + 16; }
 
   void CopyScales();
   void CopySlots(int64_t begin, int64_t end) const;
@@ -119,7 +120,7 @@ void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
       p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_ && head_stride_ == row_bytes_;
   const int32_t rows_per_slot = whole_tokens ? 1 : heads_;
   const int64_t copy_bytes = whole_tokens ? heads_ * row_bytes_ : row_bytes_;
-  RowCopier copier(num_slots_ * heads_ * row_bytes_ >= kStreamBytes);
+  RowCopier copier(Streams());
   for (int64_t s = begin; s < last; ++s) {
     for (int32_t h = 0; h < rows_per_slot; ++h) {
       copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), copy_bytes, RowOf(s, h));
