@@ -184,10 +184,12 @@ struct ToBFloat16 {
   HWY_INLINE hn::Vec<Halves> operator()(VFloat value) const {
     const Words d;
     const VWord bits = hn::BitCast(d, value);
-    const VWord quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d, 0x40U));
-    const auto nan = hn::Gt(hn::And(bits, hn::Set(d, 0x7FFFFFFFU)), hn::Set(d, 0x7F800000U));
-    const VWord rounded = hn::IfThenElse(nan, quiet, RoundAway<16>(bits));
-    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), rounded));
+    const VWord odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1U));
+    const VWord rounded = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFU)));
+    const VWord quiet = hn::Or(bits, hn::Set(d, 0x400000U));
+    const auto nan = hn::RebindMask(d, hn::IsNaN(value));
+    const VWord high = hn::ShiftRight<16>(hn::IfThenElse(nan, quiet, rounded));
+    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), high));
   }
 };
 
@@ -291,6 +293,60 @@ void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std
   }
 }
 
+#if HWY_TARGET == HWY_SCALAR
+bool TurnRow(const TurnRowParams& /*params*/) { return false; }  // has no pairs
+#else
+// Two vectors of codes as one of twice the length, to memory: whole cache lines on AVX-512.
+template <typename Vec>
+HWY_INLINE void StorePair(Vec first, Vec second, bool stream, uint16_t* out) {
+  const hn::Twice<Halves> d;
+  const auto both = hn::Combine(d, second, first);
+  if (stream) {
+    hn::Stream(both, d, out);
+  } else {
+    hn::StoreU(both, d, out);
+  }
+}
+
+// Channels i.. and half + i.. turn together.
+template <typename Decode, typename Encode>
+HWY_INLINE bool TurnElements(Decode decode, Encode encode, const TurnRowParams& p) {
+  const Floats d;
+  const Halves dx;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t half = p.rotary_dim / 2;
+  if (half % (2 * lanes) != 0) return false;
+  const auto* in = reinterpret_cast<const uint16_t*>(p.row);
+  auto* out = reinterpret_cast<uint16_t*>(p.out);
+  const bool stream = p.stream && reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+  for (int64_t i = 0; i < half; i += 2 * lanes) {
+    const auto turn = [&](int64_t j, hn::Vec<Halves>& turned_x, hn::Vec<Halves>& turned_y)
+                          HWY_ATTR {
+                            const VFloat x = decode(hn::LoadU(dx, in + j));
+                            const VFloat y = decode(hn::LoadU(dx, in + half + j));
+                            const VFloat c = hn::LoadU(d, p.cos + j);
+                            const VFloat s = hn::LoadU(d, p.sin + j);
+                            turned_x = encode(hn::Add(hn::Mul(x, c), hn::Mul(y, s)));
+                            turned_y = encode(hn::Sub(hn::Mul(y, c), hn::Mul(x, s)));
+                          };
+    hn::Vec<Halves> x0, x1, y0, y1;
+    turn(i, x0, y0);
+    turn(i + lanes, x1, y1);
+    StorePair(x0, x1, stream, out + i);
+    StorePair(y0, y1, stream, out + half + i);
+  }
+  std::memcpy(out + p.rotary_dim, in + p.rotary_dim,
+              static_cast<size_t>(p.count - p.rotary_dim) * sizeof(uint16_t));
+  return true;
+}
+
+bool TurnRow(const TurnRowParams& params) {
+  if (params.dtype == DType::kBFloat16) return TurnElements(FromBFloat16(), ToBFloat16(), params);
+  if (params.dtype == DType::kFloat16) return TurnElements(FromFloat16(), ToFloat16(), params);
+  return false;
+}
+#endif
+
 float LargestMagnitude(const float* values, int64_t count) {
   const Floats d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
@@ -356,6 +412,7 @@ namespace dynsplit::cpu {
 HWY_EXPORT(DecodeRow);
 HWY_EXPORT(DecodeTile);
 HWY_EXPORT(EncodeRow);
+HWY_EXPORT(TurnRow);
 HWY_EXPORT(LargestMagnitude);
 HWY_EXPORT(HasNonFinite);
 HWY_EXPORT(VectorTargetName);
@@ -372,6 +429,8 @@ void DecodeTile(const TensorView& view, int32_t head, int64_t begin, int64_t end
 void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std::byte* out) {
   HWY_DYNAMIC_DISPATCH(EncodeRow)(dtype, values, scale, count, out);
 }
+
+bool TurnRow(const TurnRowParams& params) { return HWY_DYNAMIC_DISPATCH(TurnRow)(params); }
 
 float LargestMagnitude(const float* values, int64_t count) {
   return HWY_DYNAMIC_DISPATCH(LargestMagnitude)(values, count);

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -17,6 +19,9 @@ constexpr int64_t kChunkBytes = int64_t{128} << 10;  // of output
 // Outputs beyond this leave the caches before anyone reads them: written around the caches, which
 // spares reading the lines first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// Arithmetic between loads keeps the processor from running far enough ahead by itself.
+constexpr int64_t kSlotsAhead = 2;
 
 // An amax so small that the quotient is zero counts as zero.
 float ScaleOf(float amax, DType dtype) {
@@ -47,7 +52,11 @@ class PageGatherer {
     if (!scratch.ok()) return scratch.status();
     scratch_ = *std::move(scratch);
     if (encoded && p_.scale_granularity == ScaleGranularity::kHead) FindHeadScales();
-    ForChunks([this](int64_t begin, int64_t end, int slot) { EncodeSlots(begin, end, slot); });
+    const bool turns_only = !encoded && !p_.rotation.interleaved &&
+                            p_.source.dtype == p_.out_dtype && p_.source.scales == nullptr;
+    ForChunks([&](int64_t begin, int64_t end, int slot) {
+      if (!turns_only || !TurnSlots(begin, end, slot)) EncodeSlots(begin, end, slot);
+    });
     return absl::OkStatus();
   }
 
@@ -76,13 +85,15 @@ class PageGatherer {
     return p_.scales != nullptr && granularity == ScaleGranularity::kTokenHead;
   }
   bool Streams() const { return num_slots_ * heads_ * row_bytes_ >= kStreamBytes; }
-  // Scratch of a thread: a row, its cosines and sines, the row encoded.
-  int64_t SlotFloats() const { return 2 * p_.source.head_dim + p_.rotation.rotary_dim + 16; }
+  // Scratch of a thread: a row, its cosines and sines.
+  int64_t SlotFloats() const { return p_.source.head_dim + p_.rotation.rotary_dim + 16; }
 
   void CopyScales();
   void CopySlots(int64_t begin, int64_t end) const;
   void FindHeadScales();
   void EncodeSlots(int64_t begin, int64_t end, int slot) const;
+  // EncodeSlots where rows only turn; false where TurnRow is not written for them.
+  bool TurnSlots(int64_t begin, int64_t end, int slot) const;
   // Decodes and turns the row of (slot, head) into this thread's scratch.
   const float* LoadRow(int64_t slot, int32_t head, float* scratch) const;
   void PadSlots(int64_t begin, int64_t end, bool scales_per_token) const;
@@ -165,6 +176,33 @@ void PageGatherer::FindHeadScales() {
     }
     p_.scales[h] = ScaleOf(largest, p_.out_dtype);
   }
+}
+
+bool PageGatherer::TurnSlots(int64_t begin, int64_t end, int slot) const {
+  float* cos = scratch_.as<float>() + slot * SlotFloats();
+  float* sin = cos + p_.rotation.rotary_dim / 2;
+  for (int64_t s = begin; s < std::min(end, p_.num_kept); ++s) {
+    for (int32_t h = 0; h < heads_; ++h) {
+      const int32_t token = TokenOf(s, h);
+      const std::byte* ahead =
+          RowAddress(p_.source, TokenOf(std::min(s + kSlotsAhead, p_.num_kept - 1), h), h);
+      for (int64_t i = 0; i < row_bytes_; i += 64) hwy::Prefetch(ahead + i);
+      if (p_.groups > 1 || h == 0) RotationAngles(p_.rotation, token - s, cos, sin);
+      if (!TurnRow({.dtype = p_.out_dtype,
+                    .count = p_.source.head_dim,
+                    .rotary_dim = p_.rotation.rotary_dim,
+                    .row = RowAddress(p_.source, token, h),
+                    .cos = cos,
+                    .sin = sin,
+                    .out = RowOf(s, h),
+                    .stream = Streams()})) {
+        return false;
+      }
+    }
+  }
+  hwy::FlushStream();
+  PadSlots(begin, end, /*scales_per_token=*/false);
+  return true;
 }
 
 void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {

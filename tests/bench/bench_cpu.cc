@@ -4,7 +4,7 @@
 // channels, bf16; ceilings are measured between the operations they are held against, with the
 // same number of threads: memcpy of the same bytes, and OpenBLAS sgemm of the same shape.
 //
-//     bench_cpu --benchmark_min_time=0.5 --benchmark_filter=threads=2
+//     bench_cpu --benchmark_min_time=0.5 [THREADS...]
 //
 // prints the usual lines, then the rows of tests/bench/report.h. Targets are those of two threads.
 #include <benchmark/benchmark.h>
@@ -12,14 +12,13 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -476,9 +475,9 @@ std::vector<Case> Cases(Runner& runner) {
 int main(int argc, char** argv) {
   using namespace dynsplit::bench;
   benchmark::Initialize(&argc, argv);
-  std::vector<int> thread_counts = {1, 2};
-  const auto all = static_cast<int>(std::thread::hardware_concurrency());
-  if (all > 2) thread_counts.push_back(all);
+  std::vector<int> thread_counts;
+  for (int i = 1; i < argc; ++i) thread_counts.push_back(std::max(1, std::atoi(argv[i])));
+  if (thread_counts.empty()) thread_counts.push_back(kTargetThreads);
   std::vector<std::unique_ptr<Runner>> runners;
   for (int threads : thread_counts) {
     runners.push_back(std::make_unique<Runner>(threads));

@@ -76,7 +76,7 @@ gpu_step() {
 environment >"$out/environment.json"
 step peers 280 "$python" "$here/peers.py" --out "$out/peers.json" ${PEER_WHEELS:+--wheels "$PEER_WHEELS"}
 if [[ -s $out/peers.json ]]; then export DYNSPLIT_BENCH_PEERS=$out/peers.json; fi
-step cpu 200 "$(program bench_cpu)" --benchmark_min_time=0.3 --benchmark_filter=threads=2
+step cpu 200 "$(program bench_cpu)" --benchmark_min_time=0.5
 step scaling 280 "$(program bench_scaling)" 0.5
 step transport 280 "$(program bench_transport)"
 if ((has_gpu)); then server_flags='--backend=cuda --regions=all'; else server_flags='--backend=cpu --regions=shm'; fi
