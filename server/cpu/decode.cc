@@ -181,15 +181,17 @@ struct ToFloat32 {
 struct ToBFloat16 {
   using Element = uint16_t;
   using Tag = Halves;
-  HWY_INLINE hn::Vec<Halves> operator()(VFloat value) const {
+  // The code in the upper half of each word.
+  static HWY_INLINE VWord Upper(VFloat value) {
     const Words d;
     const VWord bits = hn::BitCast(d, value);
     const VWord odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1U));
     const VWord rounded = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFU)));
     const VWord quiet = hn::Or(bits, hn::Set(d, 0x400000U));
-    const auto nan = hn::RebindMask(d, hn::IsNaN(value));
-    const VWord high = hn::ShiftRight<16>(hn::IfThenElse(nan, quiet, rounded));
-    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), high));
+    return hn::IfThenElse(hn::RebindMask(d, hn::IsNaN(value)), quiet, rounded);
+  }
+  HWY_INLINE hn::Vec<Halves> operator()(VFloat value) const {
+    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), hn::ShiftRight<16>(Upper(value))));
   }
 };
 
@@ -294,56 +296,47 @@ void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std
 }
 
 #if HWY_TARGET == HWY_SCALAR
-bool TurnRow(const TurnRowParams& /*params*/) { return false; }  // has no pairs
+bool TurnRow(const TurnRowParams& /*params*/) { return false; }  // one lane has no halves
 #else
-// Two vectors of codes as one of twice the length, to memory: whole cache lines on AVX-512.
-template <typename Vec>
-HWY_INLINE void StorePair(Vec first, Vec second, bool stream, uint16_t* out) {
-  const hn::Twice<Halves> d;
-  const auto both = hn::Combine(d, second, first);
+using Codes = hn::Repartition<uint16_t, Floats>;  // as many bytes as a vector of floats
+
+HWY_INLINE void StoreCodes(hn::Vec<Codes> codes, bool stream, uint16_t* out) {
   if (stream) {
-    hn::Stream(both, d, out);
+    hn::Stream(codes, Codes(), out);
   } else {
-    hn::StoreU(both, d, out);
+    hn::StoreU(codes, Codes(), out);
   }
 }
 
-// Channels i.. and half + i.. turn together.
-template <typename Decode, typename Encode>
-HWY_INLINE bool TurnElements(Decode decode, Encode encode, const TurnRowParams& p) {
+// Channels i.. and half + i.. turn together, two vectors of each a step.
+bool TurnRow(const TurnRowParams& p) {
   const Floats d;
+  const Codes dc;
   const Halves dx;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   const int64_t half = p.rotary_dim / 2;
-  if (half % (2 * lanes) != 0) return false;
+  if (p.dtype != DType::kBFloat16 || half % (2 * lanes) != 0) return false;
   const auto* in = reinterpret_cast<const uint16_t*>(p.row);
   auto* out = reinterpret_cast<uint16_t*>(p.out);
-  const bool stream = p.stream && reinterpret_cast<uintptr_t>(p.out) % 64 == 0;
+  const bool stream = p.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const auto turn = [&](int64_t j, VWord& turned_x, VWord& turned_y) HWY_ATTR {
+    const VFloat x = FromBFloat16()(hn::LoadU(dx, in + j));
+    const VFloat y = FromBFloat16()(hn::LoadU(dx, in + half + j));
+    const VFloat c = hn::LoadU(d, p.cos + j);
+    const VFloat s = hn::LoadU(d, p.sin + j);
+    turned_x = ToBFloat16::Upper(hn::Add(hn::Mul(x, c), hn::Mul(y, s)));
+    turned_y = ToBFloat16::Upper(hn::Sub(hn::Mul(y, c), hn::Mul(x, s)));
+  };
   for (int64_t i = 0; i < half; i += 2 * lanes) {
-    const auto turn = [&](int64_t j, hn::Vec<Halves>& turned_x, hn::Vec<Halves>& turned_y)
-                          HWY_ATTR {
-                            const VFloat x = decode(hn::LoadU(dx, in + j));
-                            const VFloat y = decode(hn::LoadU(dx, in + half + j));
-                            const VFloat c = hn::LoadU(d, p.cos + j);
-                            const VFloat s = hn::LoadU(d, p.sin + j);
-                            turned_x = encode(hn::Add(hn::Mul(x, c), hn::Mul(y, s)));
-                            turned_y = encode(hn::Sub(hn::Mul(y, c), hn::Mul(x, s)));
-                          };
-    hn::Vec<Halves> x0, x1, y0, y1;
+    VWord x0, x1, y0, y1;
     turn(i, x0, y0);
     turn(i + lanes, x1, y1);
-    StorePair(x0, x1, stream, out + i);
-    StorePair(y0, y1, stream, out + half + i);
+    StoreCodes(hn::ConcatOdd(dc, hn::BitCast(dc, x1), hn::BitCast(dc, x0)), stream, out + i);
+    StoreCodes(hn::ConcatOdd(dc, hn::BitCast(dc, y1), hn::BitCast(dc, y0)), stream, out + half + i);
   }
   std::memcpy(out + p.rotary_dim, in + p.rotary_dim,
               static_cast<size_t>(p.count - p.rotary_dim) * sizeof(uint16_t));
   return true;
-}
-
-bool TurnRow(const TurnRowParams& params) {
-  if (params.dtype == DType::kBFloat16) return TurnElements(FromBFloat16(), ToBFloat16(), params);
-  if (params.dtype == DType::kFloat16) return TurnElements(FromFloat16(), ToFloat16(), params);
-  return false;
 }
 #endif
 

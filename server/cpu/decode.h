@@ -24,7 +24,7 @@ void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std
 
 // DecodeRow without a scale, TurnBack (row_math.h) of channels half apart, EncodeRow, to the same
 // bits, without a trip through memory. False, and `out` untouched, where that is not written for:
-// types that have not 16 bits, channels that do not fill vectors.
+// types but bf16, channels that do not fill vectors.
 struct TurnRowParams {
   DType dtype = DType::kBFloat16;  // of row and out
   int64_t count = 0;
