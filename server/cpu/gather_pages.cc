@@ -89,6 +89,8 @@ class PageGatherer {
   int64_t SlotFloats() const { return p_.source.head_dim + p_.rotation.rotary_dim + 16; }
 
   void CopyScales();
+  // Of whole tokens: the slots from `begin` whose tokens lie one after the other on both sides.
+  int64_t EndOfRun(int64_t begin, int64_t end) const;
   void CopySlots(int64_t begin, int64_t end) const;
   void FindHeadScales();
   void EncodeSlots(int64_t begin, int64_t end, int slot) const;
@@ -124,20 +126,35 @@ void PageGatherer::CopyScales() {
   std::copy(p_.source.scales, p_.source.scales + heads_, p_.scales);
 }
 
+int64_t PageGatherer::EndOfRun(int64_t begin, int64_t end) const {
+  const std::byte* from = RowAddress(p_.source, TokenOf(begin, 0), 0);
+  const std::byte* to = RowOf(begin, 0);
+  int64_t s = begin + 1;
+  for (; s < end; ++s) {
+    from += heads_ * row_bytes_;
+    to += heads_ * row_bytes_;
+    if (RowAddress(p_.source, TokenOf(s, 0), 0) != from || RowOf(s, 0) != to) break;
+  }
+  return s;
+}
+
 void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
   const bool scales_per_token = ScalesPerToken(p_.source.scale_granularity);
   const int64_t last = std::min(end, p_.num_kept);
   const bool whole_tokens =
       p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_ && head_stride_ == row_bytes_;
-  const int32_t rows_per_slot = whole_tokens ? 1 : heads_;
-  const int64_t copy_bytes = whole_tokens ? heads_ * row_bytes_ : row_bytes_;
   RowCopier copier(Streams());
-  for (int64_t s = begin; s < last; ++s) {
-    for (int32_t h = 0; h < rows_per_slot; ++h) {
-      copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), copy_bytes, RowOf(s, h));
+  for (int64_t s = begin, next = begin; s < last; s = next) {
+    next = whole_tokens ? EndOfRun(s, last) : s + 1;
+    if (whole_tokens) {
+      copier.Copy(RowAddress(p_.source, TokenOf(s, 0), 0), (next - s) * heads_ * row_bytes_,
+                  RowOf(s, 0));
     }
-    for (int32_t h = 0; scales_per_token && h < heads_; ++h) {
-      ScaleAt(s, h) = RowScale(p_.source, TokenOf(s, h), h);
+    for (int32_t h = 0; !whole_tokens && h < heads_; ++h) {
+      copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), row_bytes_, RowOf(s, h));
+    }
+    for (int64_t u = s; scales_per_token && u < next; ++u) {
+      for (int32_t h = 0; h < heads_; ++h) ScaleAt(u, h) = RowScale(p_.source, TokenOf(u, h), h);
     }
   }
   PadSlots(begin, end, scales_per_token);
