@@ -18,7 +18,7 @@ set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${1:?usage: tests/bench/run.sh BIN_DIR OUT_DIR} out=${2:?usage: tests/bench/run.sh BIN_DIR OUT_DIR}
 python=${PYTHON:-python3}
-benches=${BENCHES:-peers cpu scaling transport regions bytes gpu selection decode select}
+benches=${BENCHES:-peers cpu scaling transport regions_shm regions_ipc bytes gpu selection decode select}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export DYNSPLIT_BENCH_ROWS=$out/rows.jsonl
@@ -49,6 +49,7 @@ environment() {
 JSON
 }
 program() { find "$bin" -type f -executable -name "$1" | head -n 1; }
+script() { if [[ -x $here/$1 ]]; then echo "$here/$1"; fi; }
 
 names=() results=() seconds=()
 failed=0
@@ -78,14 +79,16 @@ step peers 280 "$python" "$here/peers.py" --out "$out/peers.json" ${PEER_WHEELS:
 if [[ -s $out/peers.json ]]; then export DYNSPLIT_BENCH_PEERS=$out/peers.json; fi
 step cpu 200 "$(program bench_cpu)" --benchmark_min_time=0.5
 step scaling 280 "$(program bench_scaling)" 0.5
-step transport 280 "$(program bench_transport)"
-if ((has_gpu)); then server_flags='--backend=cuda --regions=all'; else server_flags='--backend=cpu --regions=shm'; fi
-SERVER_FLAGS=$server_flags step regions 280 "$here/select.sh" "$(program dynsplitd)" "$(program bench_regions)"
+DYNSPLITD=$(program dynsplitd) step transport 280 "$(program bench_transport)"
+if ((has_gpu)); then backend=cuda gib=8; else backend=cpu gib=2; fi
+step regions_shm 280 "$(script regions.sh)" "$backend" "$(program dynsplitd)" "$(program bench_regions)" --kind shm --gib "$gib"
+gpu_step regions_ipc 280 "$(script regions.sh)" cuda "$(program dynsplitd)" "$(program bench_regions)" \
+  --kind cuda-ipc --tokens 131072
 gpu_step bytes 200 "$(program bench_bytes)"
 gpu_step gpu 200 "$(program bench_gpu)"
 gpu_step selection 200 "$(program bench_selection)"
 gpu_step decode 200 "$(program bench_decode)"
-gpu_step select 280 "$here/select.sh" "$(program dynsplitd)" "$(program bench_select)" \
+gpu_step select 280 "$(script select.sh)" "$(program dynsplitd)" "$(program bench_select)" \
   --ipc --tokens 131072 --layers 32
 
 {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# select.sh DYNSPLITD BENCH [FLAG...]: a benchmark that is a client (bench_select, bench_regions), with these flags,
-# against a server of its own on a unix socket. SERVER_FLAGS (--backend=cuda --regions=cuda-ipc) are the server's.
+# select.sh DYNSPLITD BENCH_SELECT [FLAG...]: bench_select with these flags against a CUDA server of its own,
+# which shares device memory with its clients, on a unix socket.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=tests/mps.sh
@@ -12,11 +12,10 @@ shift 2
 work=$(mktemp -d)
 pid=
 trap '[[ -z $pid ]] || kill "$pid" 2>/dev/null || true; wait 2>/dev/null || true; mps_stop; rm -rf "$work"' EXIT
-case ${SERVER_FLAGS:-cuda} in *cuda*) mps_start "$work" ;; esac
-echo "client and service share the device $( ((mps_running)) && echo 'through MPS' || echo 'in time slices')"
+mps_start "$work"
+echo "client and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices')"
 
-read -ra server_flags <<<"${SERVER_FLAGS:---backend=cuda --regions=cuda-ipc}"
-"$server" "${server_flags[@]}" --listen "" --unix-socket "$work/server.sock" --metrics-listen "" \
+"$server" --backend=cuda --regions=cuda-ipc --listen "" --unix-socket "$work/server.sock" --metrics-listen "" \
   2>"$work/server.log" &
 pid=$!
 for _ in $(seq 300); do
