@@ -3,7 +3,7 @@
 #
 # Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, the engine library, shared
 # libraries (all but glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host:
-# unpack it, run tests/gpu.sh.
+# unpack it, run tests/gpu.sh. LEAVE_OUT="bench_cpu" leaves benchmarks out (that one brings 11 MB of OpenBLAS).
 #   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,6 +22,7 @@ for name in gpu_tests dynsplitd dynsplit; do
   strip -o "$bundle/bin/$name" "$path"
 done
 find "$build/tests/bench" -maxdepth 1 -type f -executable -name 'bench_*' | while read -r path; do
+  case " ${LEAVE_OUT:-} " in *" $(basename "$path") "*) continue ;; esac
   strip -o "$bundle/bin/$(basename "$path")" "$path"
 done
 engine=$(find "$build" -name libdynsplit_engine.so | head -n 1)
