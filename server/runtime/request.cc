@@ -326,7 +326,7 @@ void Request::Deliver() {
 }
 
 void Request::Record(const ComputedLayer& output) {
-  if (plan_hasher_.has_value()) plan_hasher_->Add(*output.plan);
+  if (plan_hasher_.has_value()) plan_hasher_->Add(output.hash);
   LayerPlan plan = {.layer = output.plan->layer,
                     .groups = output.plan->groups,
                     .num_kept = output.plan->num_kept,
@@ -339,12 +339,6 @@ void Request::Record(const ComputedLayer& output) {
   if (output.receipt.has_value()) end_.receipts.push_back(*output.receipt);
   end_.bytes_out += PayloadBytes(output);
   end_.shadow_bytes_out += output.shadow_bytes;
-  RequestSeconds& seconds = end_.seconds;
-  seconds.device_to_host += output.device_to_host_seconds;
-  seconds.layers.score += output.seconds.score;
-  seconds.layers.select += output.seconds.select;
-  seconds.layers.gather += output.seconds.gather;
-  seconds.layers.receipt += output.seconds.receipt;
 }
 
 }  // namespace dynsplit

@@ -98,6 +98,14 @@ class Request : public std::enable_shared_from_this<Request> {
     LayerTensors tensors;  // kGlobal: views of the stage, kept between scoring and applying
     bool counted = false;  // occupies one of the places in flight
   };
+  // One layer's way through the device: its clock, and the verdict on its values.
+  struct LayerPass {
+    explicit LayerPass(Stream& on) : timer(on) {}
+    Stream& stream() const { return timer.stream(); }
+
+    StageTimer timer;
+    FiniteCheck finite;
+  };
   using Work = absl::AnyInvocable<absl::Status(Request&, Backend&, Stream&) &&>;
 
   Request(RequestSpec spec, Executor& executor, Reservation reservation,
@@ -127,8 +135,8 @@ class Request : public std::enable_shared_from_this<Request> {
   // Jobs; run on the executor. Layer jobs own their stage.
   absl::Status Prepare(Backend& backend, Stream& stream);
   absl::Status PrepareCalibration();
-  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, Backend& backend,
-                                          Stream& stream);
+  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, LayerPass& pass,
+                                          Backend& backend);
   void AddRestingSalt(EndOutput& end) const;
   absl::Status PrepareContexts(Backend& backend, Stream& stream);
   absl::Status StageSequence(Backend& backend, Stream& stream);
@@ -136,28 +144,44 @@ class Request : public std::enable_shared_from_this<Request> {
   // Sessions.
   absl::Status PrepareStore(Backend& backend, Stream& stream);
   absl::Status BeginStore(ResidentSequence& sequence, Stream& stream);
-  absl::Status StoreLayer(const LayerTensors& tensors, Stream& stream);
+  absl::Status StoreLayer(const LayerTensors& tensors, LayerPass& pass);
   absl::Status CommitStore(Stream& stream);
   absl::Status StoreTogether(Backend& backend, Stream& stream);
   absl::Status CheckTogetherFinite(Backend& backend, Stream& stream);
   void EndStore();
   // No longer appends: the session is as before.
   void AbandonStore();
-  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, Backend& backend,
-                                         Stream& stream);
+  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, LayerPass& pass,
+                                         Backend& backend);
   absl::StatusOr<LayerDecision> FetchDecision(int32_t layer, const Stage& stage, Backend& backend,
                                               Stream& stream);
 
   absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
-  absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
-  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, Backend& backend,
-                                            Stream& stream);
+  // What follows enqueues, and waits at its end; where it succeeds, `pass` is over.
+  absl::Status ComputeLayer(int32_t layer, Stage& stage, LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, LayerPass& pass,
+                                            Backend& backend);
   absl::StatusOr<ComputedLayer> ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                         Backend& backend, Stream& stream);
+                                         LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
-                                            Backend& backend, Stream& stream);
+                                            LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> Collect(LayerResult result, const LayerTensors& tensors,
-                                        Backend& backend, Stream& stream);
+                                        LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CollectOriginals(const LayerTensors& tensors, LayerPass& pass,
+                                                 Backend& backend);
+  absl::Status ScoreGlobal(const LayerTensors& tensors, LayerPass& pass, Backend& backend);
+  // What follows the decision, as far as it is enqueued.
+  absl::Status EnqueueRest(LayerResult& result, const LayerTensors& tensors, LayerPass& pass,
+                           Backend& backend);
+  // Waits for the device after a failure. The failure's reason: values that are not finite, or
+  // `status` itself.
+  absl::Status ReasonOf(absl::Status status, LayerPass& pass);
+  // Waits for the device; refuses values that are not finite.
+  absl::Status FinishPass(LayerPass& pass);
+  // Adds up what the stages took. Requires: the device is done with the pass.
+  void Account(LayerPass& pass) ABSL_LOCKS_EXCLUDED(mu_);
+  // Hands the layer's result on, unless it failed or nobody wants it any more.
+  absl::Status Keep(int32_t layer, absl::StatusOr<ComputedLayer> output) ABSL_LOCKS_EXCLUDED(mu_);
   absl::StatusOr<LayerPlan> ReceivedPlan(int32_t layer, const Stage& stage) const;
   bool KeepsAll(int32_t layer) const;
   absl::Status DecideGlobal(Backend& backend, Stream& stream);
