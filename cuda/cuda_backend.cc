@@ -59,9 +59,7 @@ class CudaStream : public Stream {
   absl::Status Synchronize() override {
     absl::Status status = Enter();
     if (!status.ok()) return status;
-    status = CudaStatus(cudaStreamSynchronize(handle_->get()), "cudaStreamSynchronize");
-    if (status.ok()) status = marks_->OnIdle();
-    return fault_->Note(std::move(status));
+    return fault_->Note(CudaStatus(cudaStreamSynchronize(handle_->get()), "cudaStreamSynchronize"));
   }
   int64_t Mark() override {
     if (Enter().ok()) (void)fault_->Note(marks_->Record(next_mark_));

@@ -55,11 +55,9 @@ StreamMarks::~StreamMarks() {
 absl::Status StreamMarks::Calibrate() {
   std::swap(origin_, former_origin_);
   former_time_ = origin_time_;
-  absl::Status status = CudaStatus(cudaStreamSynchronize(stream_->get()), "cudaStreamSynchronize");
-  if (!status.ok()) return status;
   // On an idle stream the event comes between these two readings of the clock.
   const Clock::time_point before = Clock::now();
-  status = CudaStatus(cudaEventRecord(origin_, stream_->get()), "cudaEventRecord");
+  absl::Status status = CudaStatus(cudaEventRecord(origin_, stream_->get()), "cudaEventRecord");
   if (status.ok()) status = CudaStatus(cudaEventSynchronize(origin_), "cudaEventSynchronize");
   if (!status.ok()) return status;
   origin_time_ = before + (Clock::now() - before) / 2;
@@ -68,6 +66,13 @@ absl::Status StreamMarks::Calibrate() {
 }
 
 absl::Status StreamMarks::Record(int64_t mark) {
+  if (Clock::now() - origin_time_ > kRecalibrateAfter) {
+    if (cudaStreamQuery(stream_->get()) == cudaSuccess) {
+      if (absl::Status status = Calibrate(); !status.ok()) return status;
+    } else {
+      (void)cudaGetLastError();  // not ready: no error of anyone's
+    }
+  }
   num_marks_ = mark + 1;
   return CudaStatus(cudaEventRecord(Event(mark), stream_->get()), "cudaEventRecord");
 }
@@ -75,11 +80,6 @@ absl::Status StreamMarks::Record(int64_t mark) {
 Clock::time_point StreamMarks::TimeOf(int64_t mark) const {
   if (mark >= origin_mark_) return origin_time_ + Distance(origin_, Event(mark));
   return former_time_ + Distance(former_origin_, Event(mark));
-}
-
-absl::Status StreamMarks::OnIdle() {
-  if (Clock::now() - origin_time_ < kRecalibrateAfter) return absl::OkStatus();
-  return Calibrate();
 }
 
 }  // namespace dynsplit
