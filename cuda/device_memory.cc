@@ -157,11 +157,11 @@ DevicePool::Block DevicePool::TakeKept(int64_t block_bytes,
                                        const std::shared_ptr<StreamHandle>& stream) {
   const auto kept = kept_.find(stream);
   if (kept == kept_.end()) return {};
-  const auto best = kept->second.lower_bound(block_bytes);
-  // A much larger block may be wanted as a whole soon.
-  if (best == kept->second.end() || best->first - block_bytes > block_bytes / 4) return {};
-  const Block block = {.data = best->second, .block_bytes = best->first};
-  kept->second.erase(best);
+  // Of its own class only: so what was enough for some work is enough for the same work again.
+  const auto found = kept->second.find(block_bytes);
+  if (found == kept->second.end()) return {};
+  const Block block = {.data = found->second, .block_bytes = found->first};
+  kept->second.erase(found);
   kept_bytes_ -= block.block_bytes;
   return block;
 }

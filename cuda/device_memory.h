@@ -104,7 +104,7 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   void GiveBack(int64_t size_bytes) {
     in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
   }
-  // A kept block of the stream that fits, or null data.
+  // A block of this size kept for the stream, or null data.
   Block TakeKept(int64_t block_bytes, const std::shared_ptr<StreamHandle>& stream)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Gives kept blocks back to the driver until at most `target_bytes` are kept.

@@ -97,12 +97,14 @@ class Request : public std::enable_shared_from_this<Request> {
     Stage stage;           // allocated when its first chunk arrives
     LayerTensors tensors;  // kGlobal: views of the stage, kept between scoring and applying
     bool counted = false;  // occupies one of the places in flight
+    Stream::Clock::time_point receiving_since;
   };
   // One layer's way through the device: its clock, and the verdict on its values.
   struct LayerPass {
-    explicit LayerPass(Stream& on) : timer(on) {}
+    LayerPass(int32_t of, Stream& on) : layer(of), timer(on) {}
     Stream& stream() const { return timer.stream(); }
 
+    const int32_t layer;  // -1: of all layers together
     StageTimer timer;
     FiniteCheck finite;
   };
@@ -178,7 +180,7 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::Status ReasonOf(absl::Status status, LayerPass& pass);
   // Waits for the device; refuses values that are not finite.
   absl::Status FinishPass(LayerPass& pass);
-  // Adds up what the stages took. Requires: the device is done with the pass.
+  // Adds up, and traces, what the stages took. Requires: the device is done with the pass.
   void Account(LayerPass& pass) ABSL_LOCKS_EXCLUDED(mu_);
   // Hands the layer's result on, unless it failed or nobody wants it any more.
   absl::Status Keep(int32_t layer, absl::StatusOr<ComputedLayer> output) ABSL_LOCKS_EXCLUDED(mu_);
@@ -243,6 +245,13 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::map<int32_t, ComputedLayer> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
   size_t next_output_ ABSL_GUARDED_BY(mu_) = 0;                    // of wanted_
+  // While tracing: layers that the sink has, and since when; when the one before had left.
+  struct Sending {
+    int32_t layer;
+    Stream::Clock::time_point since;
+  };
+  std::deque<Sending> sending_ ABSL_GUARDED_BY(mu_);
+  Stream::Clock::time_point last_sent_ ABSL_GUARDED_BY(mu_);
   EndOutput end_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -10,6 +10,7 @@
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
 #include "server/runtime/request.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit {
 namespace {
@@ -30,12 +31,17 @@ SequenceSpec OriginalsSpec(SequenceSpec spec) {
 
 absl::Status Request::Prepare(Backend& backend, Stream& stream) {
   const absl::Time start = absl::Now();
+  const auto traced_from = Stream::Clock::now();
   absl::Status status = StageSequence(backend, stream);
   if (status.ok() && stores()) status = PrepareStore(backend, stream);
   if (status.ok() && returns_layers()) status = PrepareContexts(backend, stream);
   if (status.ok() && spec_.method == Method::kCalibrate) status = PrepareCalibration();
   status.Update(stream.Synchronize());
   if (!status.ok()) return status;
+  if (Tracing()) {
+    const TraceSpan span = {"prepare", traced_from, Stream::Clock::now()};
+    Trace(spec_.request_id, /*layer=*/-1, {&span, 1});
+  }
 
   absl::MutexLock lock(&mu_);
   if (spec_.method == Method::kCompress || spec_.method == Method::kPlan) {
@@ -112,7 +118,7 @@ absl::Status Request::PrepareContexts(Backend& backend, Stream& stream) {
 }
 
 absl::Status Request::RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream) {
-  LayerPass pass(stream);
+  LayerPass pass(layer, stream);
   absl::Status status = ComputeLayer(layer, stage, pass, backend);
   // The stage goes when this returns: the device must be done with it, also after an error.
   if (!status.ok()) status = ReasonOf(std::move(status), pass);
@@ -148,6 +154,13 @@ absl::Status Request::ReasonOf(absl::Status status, LayerPass& pass) {
 
 void Request::Account(LayerPass& pass) {
   const std::vector<StageSpan> spans = pass.timer.Take();
+  if (Tracing()) {
+    std::vector<TraceSpan> traced;
+    for (const StageSpan& span : spans) {
+      traced.push_back({StageName(span.stage), span.begin, span.end});
+    }
+    Trace(spec_.request_id, pass.layer, traced);
+  }
   absl::MutexLock lock(&mu_);
   RequestSeconds& sums = end_.seconds;
   for (const StageSpan& span : spans) {
@@ -365,7 +378,7 @@ bool Request::KeepsAll(int32_t layer) const {
 
 // A quality floor with Scope::kGlobal is refused by ValidatePolicy: one decision is all there is.
 absl::Status Request::DecideGlobal(Backend& backend, Stream& stream) {
-  LayerPass pass(stream);
+  LayerPass pass(/*of=*/-1, stream);
   int32_t first = 0;
   while (first < spec_.sequence.shape.num_layers && KeepsAll(first)) ++first;
   if (first < spec_.sequence.shape.num_layers) {
@@ -392,7 +405,7 @@ absl::Status Request::DecideGlobal(Backend& backend, Stream& stream) {
 
 absl::Status Request::ApplyGlobal(int32_t layer, Stage stage, const LayerTensors& tensors,
                                   Backend& backend, Stream& stream) {
-  LayerPass pass(stream);
+  LayerPass pass(layer, stream);
   const auto decide = [&] {
     if (KeepsAll(layer)) return KeepAll(*context_, layer, backend, stream);
     LayerPlan plan = global_plan_;
