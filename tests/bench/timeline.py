@@ -83,10 +83,11 @@ def draw(spans, out, limits):
     end = max(span["end"] for span in spans) if end is None else end
     colors = matplotlib.colormaps["tab10"].colors
 
-    tops, top = {}, 0.0
+    tops, num_rows, top = {}, {}, 0.0
     for step in steps:
         tops[step] = top
-        top += assign_rows(lanes[step]) + LANE_GAP_ROWS
+        num_rows[step] = assign_rows(lanes[step])
+        top += num_rows[step] + LANE_GAP_ROWS
     figure, axes = plt.subplots(figsize=(13, 1.1 + ROW_INCHES * top), layout="constrained")
     width_of_digit = (end - begin) / 150
     for step in steps:
@@ -94,8 +95,9 @@ def draw(spans, out, limits):
             layer = span["layer"]
             color = "0.6" if layer < 0 else colors[layer % len(colors)]
             length = span["end"] - span["begin"]
+            # The edge keeps the shortest spans visible.
             axes.barh(tops[step] + span["row"] + 0.5, length, left=span["begin"], height=0.86,
-                      color=color, linewidth=0)
+                      color=color, edgecolor=color, linewidth=0.5)
             visible = min(span["end"], end) - max(span["begin"], begin)
             if layer >= 0 and visible > width_of_digit * (len(str(layer)) + 0.5):
                 axes.text((max(span["begin"], begin) + min(span["end"], end)) / 2,
@@ -104,14 +106,12 @@ def draw(spans, out, limits):
     boundaries = [tops[step] - LANE_GAP_ROWS / 2 for step in steps[1:]]
     axes.hlines(boundaries, begin, end, color="0.88", linewidth=0.6)
     centers, names = [], []
-    for i, step in enumerate(steps):
-        bottom = tops[steps[i + 1]] if i + 1 < len(steps) else top
-        centers.append((tops[step] + bottom - LANE_GAP_ROWS) / 2)
-        share = union(lanes[step]) / max(s["end"] for s in spans)
-        names.append(f"{LABELS.get(step, step)}\n{share:.0%} busy")
-    # A lane of one row has room for one line.
-    names = [name if tops[steps[i + 1]] - tops[step] > 1.6 else name.replace("\n", "  ")
-             for i, (step, name) in enumerate(zip(steps[:-1], names[:-1]))] + names[-1:]
+    duration = max(span["end"] for span in spans)
+    for step in steps:
+        centers.append(tops[step] + num_rows[step] / 2)
+        separator = "\n" if num_rows[step] > 1 else "  "  # one row has room for one line
+        names.append(f"{LABELS.get(step, step)}{separator}"
+                     f"{union(lanes[step]) / duration:.1%} busy")
     axes.set_yticks(centers, names, fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(top, -LANE_GAP_ROWS)
