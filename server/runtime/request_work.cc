@@ -156,6 +156,7 @@ void Request::Account(LayerPass& pass) {
   const std::vector<StageSpan> spans = pass.timer.Take();
   if (Tracing()) {
     std::vector<TraceSpan> traced;
+    traced.reserve(spans.size());
     for (const StageSpan& span : spans) {
       traced.push_back({StageName(span.stage), span.begin, span.end});
     }
