@@ -14,9 +14,10 @@
 // with AccumulateScores, plan once, and apply to each layer.
 //
 // Each of PlanLayer, MeasureLayer, CompressLayer and the finite check is also there in two halves:
-// Enqueue... gives the device its work, Read... looks at the result once the stream is
-// synchronised. So a layer needs one wait, at its end. Where an Enqueue fails, nothing of it runs
-// any more.
+// Enqueue... gives the device its work, Read... (Verdict) looks at the result once the stream is
+// synchronised. So a layer needs one wait, at its end. More of them: for the number of tokens of
+// whole blocks, for a quality floor, and for log-sum-exps of base 2. Where an Enqueue fails, the
+// device is done with the host memory it had from it.
 #pragma once
 
 #include <cstdint>

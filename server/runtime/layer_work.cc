@@ -408,8 +408,9 @@ int32_t MaxLayersInFlight(const RequestSpec& spec) {
   const int32_t num_layers = spec.sequence.shape.num_layers;
   const bool global = spec.sequence.policy.scope == Scope::kGlobal &&
                       (spec.method == Method::kCompress || spec.method == Method::kPlan);
-  // Beside the layers that arrive: one being computed, one being sent. Where nothing arrives, because
-  // all lies in regions, all of them are at work: with the default two, one a worker of a GPU.
+  // Beside the layers that arrive: one being computed, one being sent. Where nothing arrives,
+  // because all lies in regions, all of them are at work: with the default two, one a worker of a
+  // GPU.
   return global ? num_layers : std::min(num_layers, spec.max_open_layers + 2);
 }
 

@@ -149,7 +149,7 @@ struct ComputedLayer {
   std::optional<LayerReceipt> receipt;
   int64_t num_pages = 0;
   std::vector<ResultTensor> tensors;
-  bool skipped = false;  // kFetch: before the point where a broken stream goes on
+  bool skipped = false;      // kFetch: before the point where a broken stream goes on
   int64_t shadow_bytes = 0;  // what it would have weighed
 };
 
