@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/pipeline/stage_timer.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace dynsplit {
@@ -33,8 +34,10 @@ void StageTimer::End(LayerStage stage) {
 
 void StageTimer::Resolve() {
   for (const Pending& pending : pending_) {
-    spans_.push_back(
-        {pending.stage, stream_.TimeOf(pending.begin_mark), stream_.TimeOf(pending.end_mark)});
+    const Stream::Clock::time_point begin = stream_.TimeOf(pending.begin_mark);
+    // The clocks may have been set between the two.
+    const Stream::Clock::time_point end = std::max(begin, stream_.TimeOf(pending.end_mark));
+    spans_.push_back({pending.stage, begin, end});
   }
   pending_.clear();
 }

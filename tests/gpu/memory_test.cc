@@ -54,6 +54,7 @@ class LayerRound {
     std::memcpy(stage.data(), values.data(), static_cast<size_t>(bytes));
     const auto context =
         PrepareSequence(spec_, std::span<const int32_t>(), nullptr, backend_, stream).value();
+    ASSERT_TRUE(stream.Synchronize().ok());
     StageTimer timer(stream);
     const Buffer device = backend_.ToDevice(stage, stream).value();
     timer.End(LayerStage::kHostToDevice);
