@@ -20,6 +20,7 @@
 // Thread safety: all methods may be called concurrently on different streams.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -80,9 +81,18 @@ class Buffer {
 // Work queue of a backend: work given to one stream runs in order.
 class Stream {
  public:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int64_t kMaxMarks = 64;
+
   virtual ~Stream() = default;
   // Waits for all work enqueued so far; returns its first error.
   virtual absl::Status Synchronize() = 0;
+  // Notes the moment when all work enqueued so far is done; returns its number for TimeOf. What
+  // goes wrong here is told by Synchronize.
+  virtual int64_t Mark() = 0;
+  // When that was, by the host's clock. Requires: Synchronize() has returned since, and at most
+  // kMaxMarks marks are as young as this one.
+  virtual Clock::time_point TimeOf(int64_t mark) = 0;
 };
 
 struct BackendInfo {

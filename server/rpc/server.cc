@@ -23,13 +23,17 @@
 #include "server/rpc/memory_service.h"
 #include "server/rpc/session_service.h"
 #include "server/runtime/log.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit::rpc {
 namespace {
 
 constexpr const char* kServiceNames[] = {"dynsplit.v1.Compression", "dynsplit.v1.Info",
                                          "dynsplit.v1.Sessions", "dynsplit.v1.Memory"};
-constexpr int32_t kDefaultWorkers = 2;
+// Layers side by side on a GPU: one on its way to the device, one that is computed, one on its way
+// back, and one whose results the host reads. On a CPU they would only share the processors.
+constexpr int32_t kDefaultGpuWorkers = 4;
+constexpr int32_t kDefaultCpuWorkers = 2;
 // Steps side by side: one is on its way to the device while another returns.
 constexpr int32_t kSelectWorkers = 4;
 // Steps that gRPC's own threads wait for; it has at least twice as many.
@@ -88,6 +92,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
   const ServerConfig& options = server->config_;
   const BackendInfo& device = server->backend_->info();
   server->metrics_ = std::make_unique<Metrics>(version, device.name, device.device);
+  if (!options.trace.empty()) {
+    if (absl::Status status = OpenTrace(options.trace); !status.ok()) return status;
+  }
   absl::StatusOr<std::unique_ptr<ProfileStore>> profiles =
       ProfileStore::Create({.default_name = options.default_profile,
                             .directory = options.profile_directory,
@@ -98,8 +105,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
       std::make_unique<Admission>(Admission::Options{.capacity_bytes = options.max_in_flight_bytes,
                                                      .max_queue = options.max_queue,
                                                      .queue_timeout = options.queue_timeout});
+  const int32_t default_workers = device.name == "cpu" ? kDefaultCpuWorkers : kDefaultGpuWorkers;
   absl::StatusOr<std::unique_ptr<Executor>> executor =
-      Executor::Create(*server->backend_, options.workers == 0 ? kDefaultWorkers : options.workers);
+      Executor::Create(*server->backend_, options.workers == 0 ? default_workers : options.workers);
   if (!executor.ok()) return executor.status();
   server->executor_ = *std::move(executor);
   executor = Executor::Create(*server->backend_, kSelectWorkers, kSelectVisitors);

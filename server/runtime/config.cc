@@ -91,7 +91,7 @@ std::vector<ConfigOption> MakeOptions() {
       Text("backend", &C::backend, "auto, cpu or cuda"),
       Int32("device", &C::device, "CUDA device number"),
       Int32("threads", &C::threads, "threads of the CPU backend; 0 = one per processor"),
-      Int32("workers", &C::workers, "layers computed at a time; 0 = 2"),
+      Int32("workers", &C::workers, "layers computed at a time; 0 = 4 on CUDA, else 2"),
       Bytes("device-memory", &C::device_memory_bytes,
             "cap of device memory, bytes or with KiB, MiB, GiB; 0 = the backend's own"),
       Bytes("pinned-memory", &C::pinned_memory_bytes,
@@ -125,6 +125,8 @@ std::vector<ConfigOption> MakeOptions() {
       Int32("max-profiles", &C::max_profiles, "delimiter profiles that can be stored"),
       Text("log-level", &C::log_level, "debug, info, warning or error"),
       Bool("reflection", &C::reflection, "gRPC server reflection, true or false"),
+      Text("trace", &C::trace,
+           "debugging: file to append the times of every layer's steps to; empty = none"),
   };
 }
 

@@ -28,7 +28,7 @@ struct ServerConfig {
   std::string backend = "auto";     // auto, cpu or cuda
   int32_t device = 0;               // CUDA device number
   int32_t threads = 0;              // threads of the CPU backend; 0 = one per processor
-  int32_t workers = 0;              // layers computed at a time; 0 = 2
+  int32_t workers = 0;              // layers computed at a time; 0 = 4 on CUDA, else 2
   int64_t device_memory_bytes = 0;  // cap of the backend's device pool; 0 = the backend's own
   int64_t pinned_memory_bytes = 0;  // cap of pinned host memory (CUDA); 0 = the backend's own
   int64_t max_request_bytes = int64_t{8} << 30;      // memory one request may reserve
@@ -59,6 +59,7 @@ struct ServerConfig {
 
   std::string log_level = "info";  // debug, info, warning or error
   bool reflection = true;          // gRPC server reflection
+  std::string trace;               // file for the times of every layer's steps; empty = none
 };
 
 // One option: its name on the command line ("max-queue"), in the environment (DYNSPLIT_MAX_QUEUE)

@@ -126,6 +126,45 @@ class Collector {
   ComputedLayer& output_;
 };
 
+// Adds the page table, the pages and what belongs to them; consumes those.
+absl::Status CollectPages(const SequenceContext& context, LayerPages& pages, Backend& backend,
+                          Stream& stream, ComputedLayer& output) {
+  std::vector<int32_t> table(static_cast<size_t>(pages.num_pages));
+  std::iota(table.begin(), table.end(), 0);
+  output.tensors.push_back(
+      Int32Output(TensorKind::kPageTable, {pages.num_pages}, std::move(table)));
+
+  const SequenceShape& shape = context.spec.shape;
+  const int64_t heads = shape.num_kv_heads;
+  const int64_t page_size = context.spec.policy.page_size;
+  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
+  const auto scale_shape = [&](ScaleGranularity granularity) {
+    return granularity == ScaleGranularity::kHead
+               ? std::vector<int64_t>{heads}
+               : std::vector<int64_t>{pages.num_pages, page_size, heads};
+  };
+  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
+                                            shape.head_dim};
+  Collector collect(backend, stream, output);
+  absl::Status status =
+      collect.Add(TensorKind::kKeyPages, std::move(pages.key_pages), pages.key_dtype, page_shape);
+  status.Update(collect.Add(TensorKind::kValuePages, std::move(pages.value_pages),
+                            pages.value_dtype, page_shape));
+  status.Update(collect.Add(TensorKind::kKeyPageScales, std::move(pages.key_scales),
+                            DType::kFloat32, scale_shape(pages.key_scale_granularity),
+                            pages.key_scale_granularity));
+  status.Update(collect.Add(TensorKind::kValuePageScales, std::move(pages.value_scales),
+                            DType::kFloat32, scale_shape(pages.value_scale_granularity),
+                            pages.value_scale_granularity));
+  status.Update(collect.Add(TensorKind::kBlockKeyMin, std::move(pages.block_min),
+                            pages.summary_dtype, block_shape));
+  status.Update(collect.Add(TensorKind::kBlockKeyMax, std::move(pages.block_max),
+                            pages.summary_dtype, block_shape));
+  status.Update(collect.Add(TensorKind::kBlockKeyMean, std::move(pages.block_mean),
+                            pages.summary_dtype, block_shape));
+  return status;
+}
+
 // Most tokens a head of a layer may keep.
 int64_t MostKept(const SequenceSpec& spec) {
   const int64_t num_tokens = spec.shape.num_tokens;
@@ -330,57 +369,28 @@ ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vecto
 }
 
 absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                           LayerPages pages, Backend& backend, Stream& stream) {
+                                           LayerPages pages, Backend& backend, StageTimer& timer) {
   ComputedLayer output;
+  output.tensors.emplace_back();  // the kept tokens, once they are here
+  absl::Status status;
+  if (pages.num_pages > 0) status = CollectPages(context, pages, backend, timer.stream(), output);
+  timer.End(LayerStage::kDeviceToHost);
+  // Also after a failure: nothing may be freed while the device still works on it.
+  status.Update(timer.stream().Synchronize());
+  if (!status.ok()) return status;
+
+  ReadDecision(decision);
   auto plan = std::make_shared<const LayerPlan>(std::move(decision.plan));
   output.plan = plan;
   output.hash = plan->Hash();
   output.num_pages = pages.num_pages;
-  output.tensors.push_back({.kind = TensorKind::kKeptTokens,
+  output.tensors.front() = {.kind = TensorKind::kKeptTokens,
                             .dtype = DType::kInt32,
                             .shape = {plan->groups, plan->num_kept},
                             .scale_granularity = std::nullopt,
                             .data = reinterpret_cast<const std::byte*>(plan->kept.data()),
                             .byte_size = static_cast<int64_t>(plan->kept.size() * sizeof(int32_t)),
-                            .owner = plan});
-  if (pages.num_pages == 0) return output;
-
-  std::vector<int32_t> table(static_cast<size_t>(pages.num_pages));
-  std::iota(table.begin(), table.end(), 0);
-  output.tensors.push_back(
-      Int32Output(TensorKind::kPageTable, {pages.num_pages}, std::move(table)));
-
-  const SequenceShape& shape = context.spec.shape;
-  const int64_t heads = shape.num_kv_heads;
-  const int64_t page_size = context.spec.policy.page_size;
-  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
-  const auto scale_shape = [&](ScaleGranularity granularity) {
-    return granularity == ScaleGranularity::kHead
-               ? std::vector<int64_t>{heads}
-               : std::vector<int64_t>{pages.num_pages, page_size, heads};
-  };
-  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
-                                            shape.head_dim};
-  Collector collect(backend, stream, output);
-  absl::Status status =
-      collect.Add(TensorKind::kKeyPages, std::move(pages.key_pages), pages.key_dtype, page_shape);
-  status.Update(collect.Add(TensorKind::kValuePages, std::move(pages.value_pages),
-                            pages.value_dtype, page_shape));
-  status.Update(collect.Add(TensorKind::kKeyPageScales, std::move(pages.key_scales),
-                            DType::kFloat32, scale_shape(pages.key_scale_granularity),
-                            pages.key_scale_granularity));
-  status.Update(collect.Add(TensorKind::kValuePageScales, std::move(pages.value_scales),
-                            DType::kFloat32, scale_shape(pages.value_scale_granularity),
-                            pages.value_scale_granularity));
-  status.Update(collect.Add(TensorKind::kBlockKeyMin, std::move(pages.block_min),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMax, std::move(pages.block_max),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMean, std::move(pages.block_mean),
-                            pages.summary_dtype, block_shape));
-  // Also after a failure: nothing may be freed while the device still works on it.
-  status.Update(stream.Synchronize());
-  if (!status.ok()) return status;
+                            .owner = plan};
   return output;
 }
 
@@ -398,7 +408,9 @@ int32_t MaxLayersInFlight(const RequestSpec& spec) {
   const int32_t num_layers = spec.sequence.shape.num_layers;
   const bool global = spec.sequence.policy.scope == Scope::kGlobal &&
                       (spec.method == Method::kCompress || spec.method == Method::kPlan);
-  // Beside the layers that arrive: one being computed, one being sent.
+  // Beside the layers that arrive: one being computed, one being sent. Where nothing arrives,
+  // because all lies in regions, all of them are at work: with the default two, one a worker of a
+  // GPU.
   return global ? num_layers : std::min(num_layers, spec.max_open_layers + 2);
 }
 

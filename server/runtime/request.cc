@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit {
 namespace {
@@ -121,6 +122,7 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
       absl::StatusOr<Buffer> host = executor_.backend().AllocateHost(plan->byte_size);
       if (!host.ok()) return host.status();
       stage->host = std::make_shared<Buffer>(*std::move(host));
+      state.receiving_since = Stream::Clock::now();
     }
   }
   const auto slot = static_cast<size_t>(
@@ -136,6 +138,13 @@ void Request::Commit(const ChunkPlace& place, const Chunk& chunk) {
   inbox_.Add(place.tensor_index, chunk);
   if (inbox_.all_complete()) {
     end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
+  }
+  const int32_t layer = spec_.tensors[place.tensor_index].layer;
+  if (Tracing() && chunk.last && layer != RequestTensor::kWholeSequence && !together() &&
+      inbox_.layer_complete(layer)) {
+    const TraceSpan span = {"receive", layers_[static_cast<size_t>(layer)].receiving_since,
+                            Stream::Clock::now()};
+    Trace(spec_.request_id, layer, {&span, 1});
   }
   if (chunk.last) Launch();
 }
@@ -170,7 +179,20 @@ void Request::Uncount() {
   if (room && !stopped()) sink_->OnRoom();
 }
 
-void Request::LayerSent() { Uncount(); }
+void Request::LayerSent() {
+  if (Tracing()) {
+    absl::MutexLock lock(&mu_);
+    if (!sending_.empty()) {
+      // Layers leave one after the other: one that waits for another is not being sent.
+      const TraceSpan span = {"send", std::max(sending_.front().since, last_sent_),
+                              Stream::Clock::now()};
+      Trace(spec_.request_id, sending_.front().layer, {&span, 1});
+      sending_.pop_front();
+      last_sent_ = span.end;
+    }
+  }
+  Uncount();
+}
 
 void Request::Cancel() { Stop(); }
 
@@ -293,6 +315,9 @@ void Request::Deliver() {
       outputs_.erase(next);
       ++next_output_;
       Record(output);
+      if (Tracing() && !output.skipped) {
+        sending_.push_back({output.plan->layer, Stream::Clock::now()});
+      }
       mu_.Unlock();
       if (output.skipped) {
         output = {};
@@ -326,7 +351,7 @@ void Request::Deliver() {
 }
 
 void Request::Record(const ComputedLayer& output) {
-  if (plan_hasher_.has_value()) plan_hasher_->Add(*output.plan);
+  if (plan_hasher_.has_value()) plan_hasher_->Add(output.hash);
   LayerPlan plan = {.layer = output.plan->layer,
                     .groups = output.plan->groups,
                     .num_kept = output.plan->num_kept,
@@ -339,12 +364,6 @@ void Request::Record(const ComputedLayer& output) {
   if (output.receipt.has_value()) end_.receipts.push_back(*output.receipt);
   end_.bytes_out += PayloadBytes(output);
   end_.shadow_bytes_out += output.shadow_bytes;
-  RequestSeconds& seconds = end_.seconds;
-  seconds.device_to_host += output.device_to_host_seconds;
-  seconds.layers.score += output.seconds.score;
-  seconds.layers.select += output.seconds.select;
-  seconds.layers.gather += output.seconds.gather;
-  seconds.layers.receipt += output.seconds.receipt;
 }
 
 }  // namespace dynsplit

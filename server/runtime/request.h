@@ -97,6 +97,16 @@ class Request : public std::enable_shared_from_this<Request> {
     Stage stage;           // allocated when its first chunk arrives
     LayerTensors tensors;  // kGlobal: views of the stage, kept between scoring and applying
     bool counted = false;  // occupies one of the places in flight
+    Stream::Clock::time_point receiving_since;
+  };
+  // One layer's way through the device: its clock, and the verdict on its values.
+  struct LayerPass {
+    LayerPass(int32_t of, Stream& on) : layer(of), timer(on) {}
+    Stream& stream() const { return timer.stream(); }
+
+    const int32_t layer;  // -1: of all layers together
+    StageTimer timer;
+    FiniteCheck finite;
   };
   using Work = absl::AnyInvocable<absl::Status(Request&, Backend&, Stream&) &&>;
 
@@ -127,8 +137,8 @@ class Request : public std::enable_shared_from_this<Request> {
   // Jobs; run on the executor. Layer jobs own their stage.
   absl::Status Prepare(Backend& backend, Stream& stream);
   absl::Status PrepareCalibration();
-  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, Backend& backend,
-                                          Stream& stream);
+  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, LayerPass& pass,
+                                          Backend& backend);
   void AddRestingSalt(EndOutput& end) const;
   absl::Status PrepareContexts(Backend& backend, Stream& stream);
   absl::Status StageSequence(Backend& backend, Stream& stream);
@@ -136,28 +146,44 @@ class Request : public std::enable_shared_from_this<Request> {
   // Sessions.
   absl::Status PrepareStore(Backend& backend, Stream& stream);
   absl::Status BeginStore(ResidentSequence& sequence, Stream& stream);
-  absl::Status StoreLayer(const LayerTensors& tensors, Stream& stream);
+  absl::Status StoreLayer(const LayerTensors& tensors, LayerPass& pass);
   absl::Status CommitStore(Stream& stream);
   absl::Status StoreTogether(Backend& backend, Stream& stream);
   absl::Status CheckTogetherFinite(Backend& backend, Stream& stream);
   void EndStore();
   // No longer appends: the session is as before.
   void AbandonStore();
-  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, Backend& backend,
-                                         Stream& stream);
+  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, LayerPass& pass,
+                                         Backend& backend);
   absl::StatusOr<LayerDecision> FetchDecision(int32_t layer, const Stage& stage, Backend& backend,
                                               Stream& stream);
 
   absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
-  absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
-  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, Backend& backend,
-                                            Stream& stream);
+  // What follows enqueues, and waits at its end; where it succeeds, `pass` is over.
+  absl::Status ComputeLayer(int32_t layer, Stage& stage, LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, LayerPass& pass,
+                                            Backend& backend);
   absl::StatusOr<ComputedLayer> ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                         Backend& backend, Stream& stream);
+                                         LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
-                                            Backend& backend, Stream& stream);
+                                            LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> Collect(LayerResult result, const LayerTensors& tensors,
-                                        Backend& backend, Stream& stream);
+                                        LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CollectOriginals(const LayerTensors& tensors, LayerPass& pass,
+                                                 Backend& backend);
+  absl::Status ScoreGlobal(const LayerTensors& tensors, LayerPass& pass, Backend& backend);
+  // What follows the decision, as far as it is enqueued.
+  absl::Status EnqueueRest(LayerResult& result, const LayerTensors& tensors, LayerPass& pass,
+                           Backend& backend);
+  // Waits for the device after a failure. The failure's reason: values that are not finite, or
+  // `status` itself.
+  absl::Status ReasonOf(absl::Status status, LayerPass& pass);
+  // Waits for the device; refuses values that are not finite.
+  absl::Status FinishPass(LayerPass& pass);
+  // Adds up, and traces, what the stages took. Requires: the device is done with the pass.
+  void Account(LayerPass& pass) ABSL_LOCKS_EXCLUDED(mu_);
+  // Hands the layer's result on, unless it failed or nobody wants it any more.
+  absl::Status Keep(int32_t layer, absl::StatusOr<ComputedLayer> output) ABSL_LOCKS_EXCLUDED(mu_);
   absl::StatusOr<LayerPlan> ReceivedPlan(int32_t layer, const Stage& stage) const;
   bool KeepsAll(int32_t layer) const;
   absl::Status DecideGlobal(Backend& backend, Stream& stream);
@@ -219,6 +245,13 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::map<int32_t, ComputedLayer> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
   size_t next_output_ ABSL_GUARDED_BY(mu_) = 0;                    // of wanted_
+  // While tracing: layers that the sink has, and since when; when the one before had left.
+  struct Sending {
+    int32_t layer;
+    Stream::Clock::time_point since;
+  };
+  std::deque<Sending> sending_ ABSL_GUARDED_BY(mu_);
+  Stream::Clock::time_point last_sent_ ABSL_GUARDED_BY(mu_);
   EndOutput end_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -149,17 +149,15 @@ struct ComputedLayer {
   std::optional<LayerReceipt> receipt;
   int64_t num_pages = 0;
   std::vector<ResultTensor> tensors;
-  bool skipped = false;  // kFetch: before the point where a broken stream goes on
-  // What the layer took, and what it would have weighed (shadow).
-  LayerSeconds seconds;
-  double device_to_host_seconds = 0;
-  int64_t shadow_bytes = 0;
+  bool skipped = false;      // kFetch: before the point where a broken stream goes on
+  int64_t shadow_bytes = 0;  // what it would have weighed
 };
 
-// Wall clock, summed over layers. Sending is not known here.
+// Summed over layers: receiving and splitting by the host's clock, the stages of layers by the
+// marks on their streams. Sending is not known here.
 struct RequestSeconds {
-  double receive = 0, host_to_device = 0, split = 0, device_to_host = 0;
-  LayerSeconds layers;
+  double receive = 0, split = 0;
+  double host_to_device = 0, score = 0, select = 0, gather = 0, receipt = 0, device_to_host = 0;
 };
 
 struct EndOutput {

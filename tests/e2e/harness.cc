@@ -71,17 +71,21 @@ ServerConfig TestConfig() {
   return config;
 }
 
-TestServer::TestServer(ServerConfig config) : config_(std::move(config)) {
+TestServer::TestServer(ServerConfig config, std::unique_ptr<Backend> backend)
+    : config_(std::move(config)) {
   SetLogLevel(LogLevel::kError);
   std::string name = (std::filesystem::temp_directory_path() / "dynsplit-e2e-XXXXXX").string();
   if (mkdtemp(name.data()) != nullptr) directory_ = name;
   if (config_.unix_socket.empty()) config_.unix_socket = directory_ + "/server.sock";
-  auto backend = CreateCpuBackend({.num_threads = config_.threads, .memory_limit_bytes = 0});
-  if (!backend.ok()) {
-    ADD_FAILURE() << backend.status();
-    std::abort();
+  if (backend == nullptr) {
+    auto cpu = CreateCpuBackend({.num_threads = config_.threads, .memory_limit_bytes = 0});
+    if (!cpu.ok()) {
+      ADD_FAILURE() << cpu.status();
+      std::abort();
+    }
+    backend = *std::move(cpu);
   }
-  auto server = rpc::Server::Start(config_, *std::move(backend), "test");
+  auto server = rpc::Server::Start(config_, std::move(backend), "test");
   if (!server.ok()) {
     ADD_FAILURE() << server.status();
     std::abort();

@@ -37,7 +37,9 @@ ServerConfig TestConfig();
 
 class TestServer {
  public:
-  explicit TestServer(ServerConfig config = TestConfig());
+  // No backend: that of the CPU, as the configuration says.
+  explicit TestServer(ServerConfig config = TestConfig(),
+                      std::unique_ptr<Backend> backend = nullptr);
   ~TestServer();
 
   rpc::Server& server() { return *server_; }
