@@ -11,7 +11,7 @@
 #include "server/rpc/session_adapter.h"
 #include "server/rpc/unary.h"
 #include "server/runtime/log.h"
-#include "server/runtime/select_work.h"
+#include "server/runtime/select_batcher.h"
 
 namespace dynsplit::rpc {
 namespace {
@@ -25,6 +25,7 @@ struct SelectCall {
   grpc::CallbackServerContext& context;
   grpc::ServerUnaryReactor& reactor;
   absl::Time started;
+  AnswerBudget answer;
   std::vector<StepSpec> steps;
   std::vector<SessionUse> sessions;
 };
@@ -77,13 +78,7 @@ void RestoreLater(Services& services, SessionUse session) {
   });
 }
 
-void Run(SelectCall call, Backend& backend, Stream& stream) {
-  if (call.context.IsCancelled()) {  // nobody waits for it any more
-    return FinishCall(call, absl::CancelledError("the caller cancelled"));
-  }
-  absl::StatusOr<SelectResult> result =
-      RunSelect(call.steps, call.sessions, call.services.regions,
-                call.services.config.max_message_bytes - kAnswerOverheadBytes, backend, stream);
+void Answer(SelectCall& call, const absl::StatusOr<SelectResult>& result) {
   if (!result.ok()) {
     call.sessions.clear();
     return FinishCall(call, result.status());
@@ -103,28 +98,27 @@ void Run(SelectCall call, Backend& backend, Stream& stream) {
 grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRequest& request,
                                           v1::SelectResponse& response,
                                           grpc::CallbackServerContext& context) {
-  SelectCall call = {.services = services,
-                     .response = response,
-                     .context = context,
-                     .reactor = *context.DefaultReactor(),
-                     .started = absl::Now(),
-                     .steps = {},
-                     .sessions = {}};
-  grpc::ServerUnaryReactor* const reactor = &call.reactor;
-  if (absl::Status status = Prepare(request, call); !status.ok()) {
-    call.sessions.clear();
-    FinishCall(call, status);
+  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
+  const std::shared_ptr<SelectCall> call(new SelectCall{
+      .services = services,
+      .response = response,
+      .context = context,
+      .reactor = *reactor,
+      .started = absl::Now(),
+      .answer = AnswerBudget(services.config.max_message_bytes - kAnswerOverheadBytes),
+      .steps = {},
+      .sessions = {}});
+  if (absl::Status status = Prepare(request, *call); !status.ok()) {
+    call->sessions.clear();
+    FinishCall(*call, status);
     return reactor;
   }
-  const bool waits_for_device = services.backend().name != "cpu";
-  Executor::Job job = [call = std::move(call)](Backend& backend, Stream& stream) mutable {
-    Run(std::move(call), backend, stream);
-  };
-  if (waits_for_device) {
-    services.selects.RunOrSubmit(std::move(job));
-  } else {  // its work would keep gRPC's thread busy
-    services.selects.Submit(std::move(job));
-  }
+  services.selects.Submit(
+      {.steps = call->steps,
+       .sessions = call->sessions,
+       .answer = &call->answer,
+       .abandoned = [call] { return call->context.IsCancelled(); },
+       .done = [call](absl::StatusOr<SelectResult> result) { Answer(*call, result); }});
   return reactor;
 }
 

@@ -30,10 +30,6 @@ namespace {
 constexpr const char* kServiceNames[] = {"dynsplit.v1.Compression", "dynsplit.v1.Info",
                                          "dynsplit.v1.Sessions", "dynsplit.v1.Memory"};
 constexpr int32_t kDefaultWorkers = 2;
-// Steps side by side: one is on its way to the device while another returns.
-constexpr int32_t kSelectWorkers = 4;
-// Steps that gRPC's own threads wait for; it has at least twice as many.
-constexpr int32_t kSelectVisitors = 2;
 constexpr absl::Duration kWatchPeriod = absl::Milliseconds(250);
 constexpr absl::Duration kDrainPollPeriod = absl::Milliseconds(10);
 
@@ -102,15 +98,16 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
       Executor::Create(*server->backend_, options.workers == 0 ? kDefaultWorkers : options.workers);
   if (!executor.ok()) return executor.status();
   server->executor_ = *std::move(executor);
-  executor = Executor::Create(*server->backend_, kSelectWorkers, kSelectVisitors);
-  if (!executor.ok()) return executor.status();
-  server->selects_ = *std::move(executor);
   const bool all = options.regions == "all";
   server->regions_ = std::make_unique<RegionStore>(
       RegionStore::Options{.allow_shm = all || options.regions == "shm",
                            .allow_cuda_ipc = all || options.regions == "cuda-ipc",
                            .max_regions = options.max_regions},
-      *server->backend_);
+      std::vector<Backend*>{server->backend_.get()});
+  absl::StatusOr<std::unique_ptr<SelectBatcher>> selects =
+      SelectBatcher::Create(*server->backend_, *server->regions_, *server->metrics_);
+  if (!selects.ok()) return selects.status();
+  server->selects_ = *std::move(selects);
   server->sessions_ = std::make_unique<SessionStore>(
       SessionStore::Options{.max_sessions = options.max_sessions,
                             .max_device_bytes = options.session_device_bytes,

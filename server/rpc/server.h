@@ -60,7 +60,7 @@ class Server {
   std::unique_ptr<SessionStore> sessions_;
   std::unique_ptr<Services> services_;
   std::unique_ptr<Executor> executor_;
-  std::unique_ptr<Executor> selects_;
+  std::unique_ptr<SelectBatcher> selects_;
   std::unique_ptr<HttpServer> http_;
   std::vector<std::unique_ptr<Listener>> listeners_;
   int port_ = 0;

@@ -15,6 +15,7 @@
 #include "server/runtime/metrics.h"
 #include "server/runtime/profiles.h"
 #include "server/runtime/regions.h"
+#include "server/runtime/select_batcher.h"
 #include "server/runtime/sessions.h"
 
 namespace dynsplit::rpc {
@@ -27,7 +28,7 @@ struct Services {
   Admission& admission;
   ProfileStore& profiles;
   Metrics& metrics;
-  Executor& selects;  // of decode steps only
+  SelectBatcher& selects;
   RegionStore& regions;
   SessionStore& sessions;
   const absl::Time started = absl::Now();

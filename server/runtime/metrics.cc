@@ -114,8 +114,11 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
                                 "Wall clock of one Select in the server.")
                         .Add({}, SelectBuckets())),
       select_device_(HistogramOf(registry_, "dynsplit_select_device_seconds",
-                                 "Of one Select: from the first launch to the last result.")
+                                 "Of one Select's batch: from the first launch to the last result.")
                          .Add({}, SelectBuckets())),
+      select_batch_(HistogramOf(registry_, "dynsplit_select_batch_calls",
+                                "Select calls that shared launches, of one batch.")
+                        .Add({}, prometheus::Histogram::BucketBoundaries{1, 2, 4, 8, 16, 32, 64})),
       selected_tokens_(CounterOf(registry_, "dynsplit_selected_tokens_total",
                                  "Tokens x groups x layers that Selects chose.")
                            .Add({})),

@@ -71,6 +71,8 @@ class Metrics {
   void Cancelled(std::string_view phase);  // "queue", "receive", "send"
   void ChecksumFailed() { checksum_failures_.Increment(); }
   void Selected(const SelectRecord& select);
+  // A batch of so many Select calls.
+  void SelectsLaunched(int64_t calls) { select_batch_.Observe(static_cast<double>(calls)); }
   // Tokens x layers x KV heads.
   void Appended(int64_t tokens) { appended_tokens_.Increment(static_cast<double>(tokens)); }
   void Waited(double seconds) { queue_wait_.Observe(seconds); }
@@ -106,6 +108,7 @@ class Metrics {
   prometheus::Histogram& error_mean_;
   prometheus::Histogram& select_total_;
   prometheus::Histogram& select_device_;
+  prometheus::Histogram& select_batch_;
   prometheus::Counter& selected_tokens_;
   prometheus::Counter& moved_rows_;
   prometheus::Counter& chosen_rows_;
