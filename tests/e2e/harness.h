@@ -37,7 +37,9 @@ ServerConfig TestConfig();
 
 class TestServer {
  public:
-  explicit TestServer(ServerConfig config = TestConfig());
+  // Without backends: one of the CPU, as the configuration says.
+  explicit TestServer(ServerConfig config = TestConfig(),
+                      std::vector<std::unique_ptr<Backend>> backends = {});
   ~TestServer();
 
   rpc::Server& server() { return *server_; }

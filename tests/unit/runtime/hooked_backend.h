@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <atomic>
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -26,14 +26,18 @@ class HookedBackend final : public Backend {
  public:
   using Hook = std::function<absl::Status(std::string_view operation)>;
 
-  explicit HookedBackend(std::unique_ptr<Backend> inner) : inner_(std::move(inner)) {}
+  // With a uuid it has memory of its own, that handles name: ImportHandle gives zeros.
+  explicit HookedBackend(std::unique_ptr<Backend> inner, std::string uuid = "")
+      : inner_(std::move(inner)), info_(inner_->info()) {
+    info_.uuid = std::move(uuid);
+  }
 
   void SetHook(Hook hook) {
     absl::MutexLock lock(&mu_);
     hook_ = std::make_shared<const Hook>(std::move(hook));
   }
 
-  const BackendInfo& info() const override { return inner_->info(); }
+  const BackendInfo& info() const override { return info_; }
   absl::Status Healthy() const override {
     absl::MutexLock lock(&mu_);
     return fault_;
@@ -62,7 +66,10 @@ class HookedBackend final : public Backend {
   }
   absl::StatusOr<Buffer> ImportHandle(std::string_view handle, int64_t offset_bytes,
                                       int64_t size_bytes) override {
-    return inner_->ImportHandle(handle, offset_bytes, size_bytes);
+    if (info_.uuid.empty()) return inner_->ImportHandle(handle, offset_bytes, size_bytes);
+    absl::StatusOr<Buffer> memory = inner_->AllocateResident(size_bytes, Residence::kDevice);
+    if (memory.ok()) std::fill_n(memory->data(), size_bytes, std::byte{0});
+    return memory;
   }
   absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size_bytes) override {
     return inner_->RegisterHost(data, size_bytes);
@@ -140,7 +147,8 @@ class HookedBackend final : public Backend {
       if (!fault_.ok()) return fault_;
       hook = hook_;
     }
-    absl::Status status = hook == nullptr ? absl::OkStatus() : (*hook)(operation);
+    absl::Status status =
+        hook == nullptr || *hook == nullptr ? absl::OkStatus() : (*hook)(operation);
     if (GetErrorDetails(status).type != "DEVICE_FAULT") return status;
     absl::MutexLock lock(&mu_);
     fault_.Update(status);
@@ -148,6 +156,7 @@ class HookedBackend final : public Backend {
   }
 
   const std::unique_ptr<Backend> inner_;
+  BackendInfo info_;  // constant after construction
   mutable absl::Mutex mu_;
   std::shared_ptr<const Hook> hook_ ABSL_GUARDED_BY(mu_);
   absl::Status fault_ ABSL_GUARDED_BY(mu_);

@@ -60,7 +60,7 @@ class SelectBatcherTest : public testing::Test {
     auto backend = std::make_unique<HookedBackend>(*CreateCpuBackend({.num_threads = 2}));
     backend_ = std::move(backend);
     stream_ = *backend_->CreateStream();
-    store_ = std::make_unique<SessionStore>(SessionStore::Options{}, *backend_);
+    store_ = std::make_unique<SessionStore>(SessionStore::Options{});
     regions_ = std::make_unique<RegionStore>(RegionStore::Options{},
                                              std::vector<Backend*>{backend_.get()});
     Restart({});
@@ -87,7 +87,8 @@ class SelectBatcherTest : public testing::Test {
     spec.key_dtype = spec.value_dtype = DType::kFloat32;
     spec.summary_dtype = DType::kFloat32;
     spec.capacity_tokens = num_tokens;
-    const std::shared_ptr<Session> session = *store_->Reserve({.tenant = "a"}, spec, nullptr);
+    const std::shared_ptr<Session> session =
+        *store_->Reserve({.tenant = "a"}, spec, nullptr, *backend_);
     EXPECT_TRUE(store_->Materialize(*session, *stream_).ok());
     std::vector<float> rows = RandomFloats(static_cast<size_t>(num_tokens * kHeads * kDim), seed);
     {
