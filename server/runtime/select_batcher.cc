@@ -94,11 +94,12 @@ void SelectBatcher::Fill(SelectBatch& batch) {
       continue;
     }
     const SelectBatch::Place place = batch.Add(task);
+    if (place == SelectBatch::Place::kFull) {
+      absl::MutexLock lock(&mu_);
+      waiting_.push_front(std::move(task));
+      break;
+    }
     if (place == SelectBatch::Place::kBusy) RunAlone(std::move(task));
-    if (place != SelectBatch::Place::kFull) continue;
-    absl::MutexLock lock(&mu_);
-    waiting_.push_front(std::move(task));
-    break;
   }
   for (SelectTask& task : abandoned) {
     std::move(task.done)(absl::CancelledError("the caller cancelled"));
