@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Stages 4 and 5, what happens and in which bits: kept rows -> uniform pages; block summaries.
+#include <array>
+
 #include "server/pipeline/compress.h"
 #include "server/pipeline/stage_inputs.h"
 
@@ -21,11 +23,13 @@ struct PageOutput {
   ScaleGranularity scale_granularity = ScaleGranularity::kHead;
   Buffer pages;
   Buffer scales;
+  GatherPagesItem item;  // how they are made
 };
 
-absl::StatusOr<PageOutput> Gather(const SequenceContext& context, const LayerDecision& decision,
-                                  const TensorView& source, EncodingPolicy::Format format,
-                                  const RotationTable& rotation, Backend& backend, Stream& stream) {
+absl::StatusOr<PageOutput> PlanGather(const SequenceContext& context, const LayerDecision& decision,
+                                      const TensorView& source, EncodingPolicy::Format format,
+                                      const RotationTable& rotation, Backend& backend,
+                                      Stream& stream) {
   const SequenceSpec& spec = context.spec;
   const int64_t num_slots = NumPages(spec, decision.plan.num_kept) * spec.policy.page_size;
   PageOutput out;
@@ -43,18 +47,17 @@ absl::StatusOr<PageOutput> Gather(const SequenceContext& context, const LayerDec
     if (!scales.ok()) return scales.status();
     out.scales = *std::move(scales);
   }
-  const GatherPagesParams params = {.source = source,
-                                    .kept = decision.kept.as<int32_t>(),
-                                    .groups = decision.plan.groups,
-                                    .num_kept = decision.plan.num_kept,
-                                    .page_size = spec.policy.page_size,
-                                    .format = format,
-                                    .scale_granularity = out.scale_granularity,
-                                    .out_dtype = out.dtype,
-                                    .rotation = rotation,
-                                    .pages = out.pages.data(),
-                                    .scales = out.scales.as<float>()};
-  if (auto status = backend.GatherPages(params, stream); !status.ok()) return status;
+  out.item = {.source = source,
+              .kept = decision.kept.as<int32_t>(),
+              .groups = decision.plan.groups,
+              .num_kept = decision.plan.num_kept,
+              .page_size = spec.policy.page_size,
+              .format = format,
+              .scale_granularity = out.scale_granularity,
+              .out_dtype = out.dtype,
+              .rotation = rotation,
+              .pages = out.pages.data(),
+              .scales = out.scales.as<float>()};
   return out;
 }
 
@@ -91,11 +94,13 @@ absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const Laye
                                       Stream& stream) {
   const EncodingPolicy& encoding = context.spec.policy.encoding;
   absl::StatusOr<PageOutput> keys =
-      Gather(context, decision, tensors.keys, encoding.key, context.rotation, backend, stream);
+      PlanGather(context, decision, tensors.keys, encoding.key, context.rotation, backend, stream);
   if (!keys.ok()) return keys.status();
-  absl::StatusOr<PageOutput> values =
-      Gather(context, decision, tensors.values, encoding.value, RotationTable(), backend, stream);
+  absl::StatusOr<PageOutput> values = PlanGather(context, decision, tensors.values, encoding.value,
+                                                 RotationTable(), backend, stream);
   if (!values.ok()) return values.status();
+  const std::array<GatherPagesItem, 2> items = {keys->item, values->item};
+  if (auto status = backend.GatherPages({.items = items}, stream); !status.ok()) return status;
   LayerPages pages;
   pages.num_kept = decision.plan.num_kept;
   pages.num_pages = NumPages(context.spec, pages.num_kept);

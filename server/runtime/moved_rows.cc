@@ -78,22 +78,18 @@ class StepRows {
     }
   }
 
-  absl::Status Gather(const std::byte* lists, std::byte* rows, Backend& backend,
-                      Stream& stream) const {
+  void AddItems(const std::byte* lists, std::byte* rows,
+                std::vector<GatherPagesItem>& items) const {
     for (size_t i = 0; i < places_.size(); ++i) {
       if (layer(i).slots.empty()) continue;
       const int32_t number = wanted_.step->first_layer + static_cast<int32_t>(i);
       const int64_t num_tokens = sequence_.num_tokens();
       const Places& places = places_[i];
-      const GatherPagesParams keys = ParamsOf(i, sequence_.Keys(number, num_tokens), lists, rows,
-                                              places.keys, places.key_scales);
-      const GatherPagesParams values = ParamsOf(i, sequence_.Values(number, num_tokens), lists,
-                                                rows, places.values, places.value_scales);
-      absl::Status status = backend.GatherPages(keys, stream);
-      if (status.ok()) status = backend.GatherPages(values, stream);
-      if (!status.ok()) return status;
+      items.push_back(ItemOf(i, sequence_.Keys(number, num_tokens), lists, rows, places.keys,
+                             places.key_scales));
+      items.push_back(ItemOf(i, sequence_.Values(number, num_tokens), lists, rows, places.values,
+                             places.value_scales));
     }
-    return absl::OkStatus();
   }
 
   void PointInto(const std::byte* rows) const {
@@ -117,8 +113,8 @@ class StepRows {
 
   MovedLayer& layer(size_t i) const { return (*wanted_.layers)[i]; }
 
-  GatherPagesParams ParamsOf(size_t i, const TensorView& view, const std::byte* lists,
-                             std::byte* rows, int64_t at, int64_t scales_at) const {
+  GatherPagesItem ItemOf(size_t i, const TensorView& view, const std::byte* lists, std::byte* rows,
+                         int64_t at, int64_t scales_at) const {
     const int64_t num_rows = layer(i).num_rows;
     const int64_t row_bytes = view.head_dim * DTypeBytes(view.dtype);
     return {
@@ -176,8 +172,10 @@ absl::StatusOr<Buffer> ReadRows(std::span<const RowsToRead> wanted, Backend& bac
   if (!lists_device.ok()) return lists_device.status();
   absl::StatusOr<Buffer> device = backend.Allocate(rows.size_bytes(), stream);
   absl::Status status = device.status();
-  for (const StepRows& step : steps) {
-    if (status.ok()) status = step.Gather(lists_device->data(), device->data(), backend, stream);
+  if (status.ok()) {
+    std::vector<GatherPagesItem> items;
+    for (const StepRows& step : steps) step.AddItems(lists_device->data(), device->data(), items);
+    status = backend.GatherPages({.items = items}, stream);
   }
   absl::StatusOr<Buffer> host = Buffer();
   if (status.ok()) {

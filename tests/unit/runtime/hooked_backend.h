@@ -138,6 +138,10 @@ class HookedBackend final : public Backend {
     if (absl::Status status = Before("RefreshRows"); !status.ok()) return status;
     return inner_->RefreshRows(params, stream);
   }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) override {
+    if (absl::Status status = Before("SegmentTokens"); !status.ok()) return status;
+    return inner_->SegmentTokens(params, stream);
+  }
 
  private:
   absl::Status Before(std::string_view operation) {
