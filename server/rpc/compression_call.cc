@@ -166,7 +166,8 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
     return absl::OkStatus();
   }
   const std::string tenant = spec->tenant;
-  const Admission::Ticket ticket = services_.admission.Request(
+  Admission& admission = services_.devices.Of(*spec->backend).admission();
+  const Admission::Ticket ticket = admission.Request(
       tenant, bytes, deadline_,
       [self = shared_from_this(),
        spec = *std::move(spec)](absl::StatusOr<Reservation> reservation) mutable {
@@ -177,9 +178,10 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
   {
     absl::MutexLock lock(&mu_);
     ticket_ = ticket;
+    admission_ = &admission;
     over = settled_.has_value();
   }
-  if (over) services_.admission.Cancel(ticket);  // cancelled before the ticket was known
+  if (over) admission.Cancel(ticket);  // cancelled before the ticket was known
   return absl::OkStatus();
 }
 
@@ -204,8 +206,9 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
     first.push_back({.message = wire::EncodeMessage(response)});
     Enqueue(std::move(first));
   }
-  absl::StatusOr<std::shared_ptr<Request>> request = Request::Create(
-      std::move(spec), services_.executor, *std::move(reservation), shared_from_this());
+  Executor& executor = services_.devices.Of(*spec.backend).executor();
+  absl::StatusOr<std::shared_ptr<Request>> request =
+      Request::Create(std::move(spec), executor, *std::move(reservation), shared_from_this());
   if (!request.ok()) return Fail(request.status());
   bool over = false;
   {
@@ -370,6 +373,7 @@ bool CompressionCall::Settle(absl::Status status) {
   std::deque<Outgoing> unsent;
   std::optional<wire::Frame> parked;
   Admission::Ticket ticket = 0;
+  Admission* admission = nullptr;
   {
     absl::MutexLock lock(&mu_);
     if (settled_.has_value() || reactor_ == nullptr) return false;
@@ -378,9 +382,10 @@ bool CompressionCall::Settle(absl::Status status) {
     unsent.swap(queue_);
     parked = std::exchange(parked_, std::nullopt);
     ticket = ticket_;
+    admission = admission_;
   }
   // Before the caller hears of the end, and tries again.
-  if (ticket != 0) services_.admission.Cancel(ticket);
+  if (admission != nullptr) admission->Cancel(ticket);
   if (request != nullptr) request->Cancel();
   absl::MutexLock lock(&mu_);
   let_go_ = true;

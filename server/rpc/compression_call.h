@@ -101,6 +101,7 @@ class CompressionCall final : public ResultSink,
   std::string request_id_ ABSL_GUARDED_BY(mu_);
   std::string tenant_ ABSL_GUARDED_BY(mu_);
   Admission::Ticket ticket_ ABSL_GUARDED_BY(mu_) = 0;
+  Admission* admission_ ABSL_GUARDED_BY(mu_) = nullptr;  // that gave the ticket
   std::shared_ptr<Request> request_ ABSL_GUARDED_BY(mu_);
   std::optional<wire::Frame> parked_ ABSL_GUARDED_BY(mu_);  // waits for room
   bool room_ ABSL_GUARDED_BY(mu_) = false;  // OnRoom came before the frame was parked

@@ -63,17 +63,18 @@ grpc::ServerUnaryReactor* MemoryService::Register(grpc::CallbackServerContext* c
   if (!registration.ok()) return Reply(context, registration.status());
   // Mapping and pinning take as long as the region is large: not on gRPC's thread.
   grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-  services_.executor.Submit([this, reactor, response, registration = *std::move(registration)](
-                                Backend& /*backend*/, Stream& /*stream*/) {
-    const absl::StatusOr<RegionStore::Info> info = services_.regions.Register(registration);
-    if (info.ok()) {
-      response->set_generation(info->generation);
-      response->set_lease_seconds_left(absl::ToDoubleSeconds(info->lease_left));
-      Log(LogLevel::kInfo, "region registered",
-          {{"region", std::string_view(info->name)}, {"bytes", info->byte_size}});
-    }
-    Finish(*reactor, info.status());
-  });
+  services_.devices.Place().executor().Submit(
+      [this, reactor, response, registration = *std::move(registration)](Backend& /*backend*/,
+                                                                         Stream& /*stream*/) {
+        const absl::StatusOr<RegionStore::Info> info = services_.regions.Register(registration);
+        if (info.ok()) {
+          response->set_generation(info->generation);
+          response->set_lease_seconds_left(absl::ToDoubleSeconds(info->lease_left));
+          Log(LogLevel::kInfo, "region registered",
+              {{"region", std::string_view(info->name)}, {"bytes", info->byte_size}});
+        }
+        Finish(*reactor, info.status());
+      });
   return reactor;
 }
 

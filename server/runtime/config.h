@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
 namespace dynsplit {
@@ -27,6 +28,7 @@ struct ServerConfig {
 
   std::string backend = "auto";     // auto, cpu or cuda
   int32_t device = 0;               // CUDA device number
+  std::string devices;              // several: see ParseDevices; empty = `device` alone
   int32_t threads = 0;              // threads of the CPU backend; 0 = one per processor
   int32_t workers = 0;              // layers computed at a time; 0 = 4 on CUDA, else 2
   int64_t device_memory_bytes = 0;  // cap of the backend's device pool; 0 = the backend's own
@@ -86,5 +88,9 @@ absl::Status ValidateConfig(const ServerConfig& config);
 absl::Status ParseDuration(std::string_view text, absl::Duration& value);
 // "8GiB", "512MiB", "4096"; binary units only.
 absl::Status ParseBytes(std::string_view text, int64_t& value);
+
+// "4": the first four; "0,2": those. Numbers of CUDA devices; on the CPU backend only their count
+// matters: each is an equal share of threads and memory.
+absl::StatusOr<std::vector<int32_t>> ParseDevices(std::string_view text);
 
 }  // namespace dynsplit

@@ -139,8 +139,8 @@ absl::StatusOr<ShmObject> OpenShm(const RegionStore::Registration& registration,
 
 }  // namespace
 
-RegionStore::RegionStore(Options options, Backend& backend)
-    : options_(std::move(options)), backend_(backend) {}
+RegionStore::RegionStore(Options options, std::vector<Backend*> backends)
+    : options_(std::move(options)), backends_(std::move(backends)) {}
 
 RegionStore::~RegionStore() = default;
 
@@ -213,7 +213,8 @@ absl::StatusOr<RegionStore::Identity> RegionStore::IdentityOf(const Registration
 absl::StatusOr<std::shared_ptr<const Region>> RegionStore::MapShm(
     const Registration& registration) {
   // Devices pin only what could be written to.
-  const bool writable = registration.writable || backend_.info().name != "cpu";
+  Backend& backend = host_backend();
+  const bool writable = registration.writable || backend.info().name != "cpu";
   absl::StatusOr<ShmObject> object = OpenShm(registration, writable);
   if (!object.ok()) return object.status();
   const FileDescriptor closer(object->descriptor);
@@ -228,7 +229,7 @@ absl::StatusOr<std::shared_ptr<const Region>> RegionStore::MapShm(
                       kQuotaRetryAfterMs);
   }
   auto* data = static_cast<std::byte*>(mapped);
-  absl::StatusOr<Buffer> registered = backend_.RegisterHost(data, registration.byte_size);
+  absl::StatusOr<Buffer> registered = backend.RegisterHost(data, registration.byte_size);
   absl::Status status = registered.status();
   if (status.ok() && registered->data() != data) {
     registered->Reset();
@@ -249,18 +250,30 @@ absl::StatusOr<std::shared_ptr<const Region>> RegionStore::MapShm(
 
 absl::StatusOr<std::shared_ptr<const Region>> RegionStore::MapCuda(
     const Registration& registration) {
-  const std::string& uuid = backend_.info().uuid;
-  if (uuid.empty()) return Off("device memory: its backend has no device");
-  if (registration.device_uuid != uuid) {
+  if (backends_.front()->info().uuid.empty()) {
+    return Off("device memory: its backend has no device");
+  }
+  const auto found = std::find_if(
+      backends_.begin(), backends_.end(),
+      [&](const Backend* candidate) { return candidate->info().uuid == registration.device_uuid; });
+  if (found == backends_.end()) {
     return InvalidField("cuda_ipc.device_uuid", "is not the device of this server");
   }
-  absl::StatusOr<Buffer> imported = backend_.ImportHandle(
+  Backend* const backend = *found;
+  absl::StatusOr<Buffer> imported = backend->ImportHandle(
       registration.ipc_handle, registration.offset_bytes, registration.byte_size);
   if (!imported.ok()) return imported.status();
   auto owner = std::make_shared<Buffer>(*std::move(imported));
   std::byte* data = owner->data();
-  return std::make_shared<const Region>(Region::Kind::kDevice, data, registration.byte_size,
-                                        registration.writable, [owner] { owner->Reset(); });
+  return std::make_shared<const Region>(
+      Region::Kind::kDevice, data, registration.byte_size, registration.writable,
+      [owner] { owner->Reset(); }, backend);
+}
+
+Backend& RegionStore::host_backend() const {
+  const auto healthy = std::find_if(backends_.begin(), backends_.end(),
+                                    [](const Backend* backend) { return backend->Healthy().ok(); });
+  return healthy == backends_.end() ? *backends_.front() : **healthy;
 }
 
 absl::Status RegionStore::Unregister(std::string_view name, uint64_t generation) {

@@ -31,8 +31,10 @@ class Region {
  public:
   enum class Kind : uint8_t { kHost, kDevice };
 
-  Region(Kind kind, std::byte* data, int64_t size_bytes, bool writable, std::function<void()> unmap)
-      : kind_(kind),
+  Region(Kind kind, std::byte* data, int64_t size_bytes, bool writable, std::function<void()> unmap,
+         Backend* backend = nullptr)
+      : backend_(backend),
+        kind_(kind),
         data_(data),
         size_bytes_(size_bytes),
         writable_(writable),
@@ -44,12 +46,15 @@ class Region {
   Region& operator=(const Region&) = delete;
 
   Kind kind() const { return kind_; }
+  // The one whose operations may use it; null = all.
+  Backend* backend() const { return backend_; }
   // What operations take, wherever it lies; of kHost, the host's own address too.
   std::byte* data() const { return data_; }
   int64_t size_bytes() const { return size_bytes_; }
   bool writable() const { return writable_; }
 
  private:
+  Backend* const backend_;
   const Kind kind_;
   std::byte* const data_;
   const int64_t size_bytes_;
@@ -92,7 +97,9 @@ class RegionStore {
     int32_t num_users = 0;
   };
 
-  RegionStore(Options options, Backend& backend);
+  // `backends` outlive the store; at least one. Host memory is for all of them, device memory for
+  // that of its device.
+  RegionStore(Options options, std::vector<Backend*> backends);
   ~RegionStore();
   RegionStore(const RegionStore&) = delete;
   RegionStore& operator=(const RegionStore&) = delete;
@@ -123,9 +130,11 @@ class RegionStore {
   static absl::StatusOr<Identity> IdentityOf(const Registration& registration);
   absl::StatusOr<std::shared_ptr<const Region>> MapShm(const Registration& registration);
   absl::StatusOr<std::shared_ptr<const Region>> MapCuda(const Registration& registration);
+  // One that works, where there is one.
+  Backend& host_backend() const;
 
   const Options options_;
-  Backend& backend_;
+  const std::vector<Backend*> backends_;
   mutable absl::Mutex mu_;
   std::map<std::string, Entry, std::less<>> entries_ ABSL_GUARDED_BY(mu_);
 };

@@ -99,6 +99,7 @@ struct RequestSpec {
   std::string plan_hash;                  // hex
   CalibrationOptions calibration;
 
+  Backend* backend = nullptr;  // where it runs: its session's, its memory's, or any
   std::optional<SessionOpening> opening;
   SessionStore* store = nullptr;            // of what follows
   std::shared_ptr<Session> opened;          // as `opening` says; reserved, not yet published

@@ -37,9 +37,9 @@ ServerConfig TestConfig();
 
 class TestServer {
  public:
-  // No backend: that of the CPU, as the configuration says.
+  // Without backends: one of the CPU, as the configuration says.
   explicit TestServer(ServerConfig config = TestConfig(),
-                      std::unique_ptr<Backend> backend = nullptr);
+                      std::vector<std::unique_ptr<Backend>> backends = {});
   ~TestServer();
 
   rpc::Server& server() { return *server_; }

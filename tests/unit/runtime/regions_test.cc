@@ -64,7 +64,7 @@ class RegionStoreTest : public testing::Test {
                       .max_regions = 2,
                       .max_bytes = 2 * kBytes,
                       .now = [this] { return now_; }},
-                     *backend_};
+                     {backend_.get()}};
 };
 
 TEST_F(RegionStoreTest, BytesAreShared) {
@@ -176,7 +176,7 @@ TEST_F(RegionStoreTest, Quotas) {
 }
 
 TEST_F(RegionStoreTest, WhatIsSwitchedOffIsUnimplemented) {
-  RegionStore off({}, *backend_);
+  RegionStore off({}, {backend_.get()});
   const Object object("off");
   EXPECT_FALSE(off.enabled());
   EXPECT_EQ(off.Register(Of(object)).status().code(), absl::StatusCode::kUnimplemented);
