@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 #include <utility>
 
@@ -95,36 +96,127 @@ absl::Status CheckInts(const RequestSpec& spec, const RequestTensor& tensor,
   return absl::OkStatus();
 }
 
-// Moves device results to the host, remembering what they are.
+// Moves device results to the host, or to the caller's room, remembering what they are.
 class Collector {
  public:
-  Collector(Backend& backend, Stream& stream, ComputedLayer& output)
-      : backend_(backend), stream_(stream), output_(output) {}
+  Collector(Backend& backend, Stream& stream, OutputRoom* room, ComputedLayer& output)
+      : backend_(backend), stream_(stream), room_(room), output_(output) {}
 
-  absl::Status Add(TensorKind kind, Buffer device, DType dtype, std::vector<int64_t> shape,
-                   std::optional<ScaleGranularity> granularity = std::nullopt) {
+  // `tensor` says all but where its bytes are.
+  absl::Status Add(ResultTensor tensor, Buffer device) {
     if (device.empty()) return absl::OkStatus();
-    int64_t bytes = DTypeBytes(dtype);
-    for (const int64_t size : shape) bytes *= size;
-    absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
-    if (!host.ok()) return host.status();
-    auto owner = std::make_shared<Buffer>(*std::move(host));
-    ResultTensor tensor{.kind = kind,
-                        .dtype = dtype,
-                        .shape = std::move(shape),
-                        .scale_granularity = granularity,
-                        .data = owner->data(),
-                        .byte_size = bytes,
-                        .owner = owner};
+    tensor.byte_size = DTypeBytes(tensor.dtype);
+    for (const int64_t size : tensor.shape) tensor.byte_size *= size;
+    if (absl::Status status =
+            room_ != nullptr ? Place(tensor, std::move(device)) : ToHost(tensor, std::move(device));
+        !status.ok()) {
+      return status;
+    }
     output_.tensors.push_back(std::move(tensor));
     return absl::OkStatus();
   }
 
+  // The same of what is in host memory already; `source` is where the backend copies it from.
+  absl::Status AddHost(ResultTensor tensor, Buffer source) {
+    absl::Status status = room_ != nullptr ? Place(tensor, std::move(source)) : absl::OkStatus();
+    output_.tensors.push_back(std::move(tensor));
+    return status;
+  }
+
+  absl::Status AddPageTable(int64_t num_pages) {
+    std::vector<int32_t> table(static_cast<size_t>(num_pages));
+    std::iota(table.begin(), table.end(), 0);
+    Buffer source;
+    if (room_ != nullptr) {
+      absl::StatusOr<Buffer> host =
+          backend_.AllocateHost(num_pages * static_cast<int64_t>(sizeof(int32_t)));
+      if (!host.ok()) return host.status();
+      std::copy(table.begin(), table.end(), host->as<int32_t>());
+      source = *std::move(host);
+    }
+    return AddHost(Int32Output(TensorKind::kPageTable, {num_pages}, std::move(table)),
+                   std::move(source));
+  }
+
  private:
+  absl::Status ToHost(ResultTensor& tensor, Buffer device) {
+    absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
+    if (!host.ok()) return host.status();
+    auto owner = std::make_shared<Buffer>(*std::move(host));
+    tensor.data = owner->data();
+    tensor.owner = std::move(owner);
+    return absl::OkStatus();
+  }
+
+  absl::Status Place(ResultTensor& tensor, Buffer made) {
+    const std::byte* at = made.data();
+    if (!room_->Holds(at)) {
+      absl::StatusOr<Buffer> place = room_->Take(tensor.byte_size);
+      if (!place.ok()) return place.status();
+      at = place->data();
+      absl::Status status = backend_.Copy(place->data(), made.data(), tensor.byte_size, stream_);
+      copied_.push_back(std::move(made));
+      if (!status.ok()) return status;
+    }
+    tensor.region = room_->NameOf(at);
+    tensor.data = nullptr;
+    tensor.owner = nullptr;
+    return absl::OkStatus();
+  }
+
   Backend& backend_;
   Stream& stream_;
+  OutputRoom* const room_;
   ComputedLayer& output_;
+  std::vector<Buffer> copied_;  // until the device is done with them
 };
+
+absl::Status CollectPages(const SequenceContext& context, LayerPages& pages, Collector& collect) {
+  const SequenceShape& shape = context.spec.shape;
+  const int64_t heads = shape.num_kv_heads;
+  const int64_t page_size = context.spec.policy.page_size;
+  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
+  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
+                                            shape.head_dim};
+  const auto add = [&](TensorKind kind, Buffer& from, DType dtype, std::vector<int64_t> sizes) {
+    return collect.Add({.kind = kind,
+                        .dtype = dtype,
+                        .shape = std::move(sizes),
+                        .scale_granularity = std::nullopt},
+                       std::move(from));
+  };
+  const auto add_scales = [&](TensorKind kind, Buffer& from, ScaleGranularity granularity) {
+    const bool per_head = granularity == ScaleGranularity::kHead;
+    return collect.Add({.kind = kind,
+                        .dtype = DType::kFloat32,
+                        .shape = per_head ? std::vector<int64_t>{heads}
+                                          : std::vector<int64_t>{pages.num_pages, page_size, heads},
+                        .scale_granularity = granularity},
+                       std::move(from));
+  };
+  absl::Status status = add(TensorKind::kKeyPages, pages.key_pages, pages.key_dtype, page_shape);
+  status.Update(add(TensorKind::kValuePages, pages.value_pages, pages.value_dtype, page_shape));
+  status.Update(
+      add_scales(TensorKind::kKeyPageScales, pages.key_scales, pages.key_scale_granularity));
+  status.Update(
+      add_scales(TensorKind::kValuePageScales, pages.value_scales, pages.value_scale_granularity));
+  status.Update(add(TensorKind::kBlockKeyMin, pages.block_min, pages.summary_dtype, block_shape));
+  status.Update(add(TensorKind::kBlockKeyMax, pages.block_max, pages.summary_dtype, block_shape));
+  status.Update(add(TensorKind::kBlockKeyMean, pages.block_mean, pages.summary_dtype, block_shape));
+  return status;
+}
+
+// Bytes that a layer takes in an OutputRoom, up to where the next begins.
+int64_t PlacedBytes(const SequenceSpec& spec, int64_t num_kept, int32_t groups,
+                    int64_t num_blocks) {
+  const int64_t num_pages = (num_kept + spec.policy.page_size - 1) / spec.policy.page_size;
+  int64_t bytes = OutputRoom::Aligned(int64_t{4} * groups * num_kept) +
+                  OutputRoom::Aligned(int64_t{4} * num_pages);
+  for (const int64_t size : LayerPageBytes(spec, num_kept, num_blocks)) {
+    bytes += OutputRoom::Aligned(size);
+  }
+  return bytes;
+}
 
 // Most tokens a head of a layer may keep.
 int64_t MostKept(const SequenceSpec& spec) {
@@ -329,55 +421,35 @@ ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vecto
           .owner = owner};
 }
 
-absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                           LayerPages pages, Backend& backend, Stream& stream) {
+SequenceSpec OriginalsSpec(SequenceSpec spec) {
+  spec.policy.transform = Transform::kEvict;
+  spec.policy.encoding = EncodingPolicy{};
+  spec.policy.positions = Positions::kOriginal;
+  return spec;
+}
+
+absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerResult result,
+                                           OutputRoom* room, Backend& backend, Stream& stream) {
+  LayerPages& pages = result.pages;
   ComputedLayer output;
-  auto plan = std::make_shared<const LayerPlan>(std::move(decision.plan));
+  auto plan = std::make_shared<const LayerPlan>(std::move(result.decision.plan));
   output.plan = plan;
   output.hash = plan->Hash();
   output.num_pages = pages.num_pages;
-  output.tensors.push_back({.kind = TensorKind::kKeptTokens,
-                            .dtype = DType::kInt32,
-                            .shape = {plan->groups, plan->num_kept},
-                            .scale_granularity = std::nullopt,
-                            .data = reinterpret_cast<const std::byte*>(plan->kept.data()),
-                            .byte_size = static_cast<int64_t>(plan->kept.size() * sizeof(int32_t)),
-                            .owner = plan});
-  if (pages.num_pages == 0) return output;
-
-  std::vector<int32_t> table(static_cast<size_t>(pages.num_pages));
-  std::iota(table.begin(), table.end(), 0);
-  output.tensors.push_back(
-      Int32Output(TensorKind::kPageTable, {pages.num_pages}, std::move(table)));
-
-  const SequenceShape& shape = context.spec.shape;
-  const int64_t heads = shape.num_kv_heads;
-  const int64_t page_size = context.spec.policy.page_size;
-  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
-  const auto scale_shape = [&](ScaleGranularity granularity) {
-    return granularity == ScaleGranularity::kHead
-               ? std::vector<int64_t>{heads}
-               : std::vector<int64_t>{pages.num_pages, page_size, heads};
-  };
-  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
-                                            shape.head_dim};
-  Collector collect(backend, stream, output);
-  absl::Status status =
-      collect.Add(TensorKind::kKeyPages, std::move(pages.key_pages), pages.key_dtype, page_shape);
-  status.Update(collect.Add(TensorKind::kValuePages, std::move(pages.value_pages),
-                            pages.value_dtype, page_shape));
-  status.Update(collect.Add(TensorKind::kKeyPageScales, std::move(pages.key_scales),
-                            DType::kFloat32, scale_shape(pages.key_scale_granularity),
-                            pages.key_scale_granularity));
-  status.Update(collect.Add(TensorKind::kValuePageScales, std::move(pages.value_scales),
-                            DType::kFloat32, scale_shape(pages.value_scale_granularity),
-                            pages.value_scale_granularity));
-  status.Update(collect.Add(TensorKind::kBlockKeyMin, std::move(pages.block_min),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMax, std::move(pages.block_max),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMean, std::move(pages.block_mean),
-                            pages.summary_dtype, block_shape));
+  Collector collect(backend, stream, room, output);
+  absl::Status status = collect.AddHost(
+      {.kind = TensorKind::kKeptTokens,
+       .dtype = DType::kInt32,
+       .shape = {plan->groups, plan->num_kept},
+       .scale_granularity = std::nullopt,
+       .data = reinterpret_cast<const std::byte*>(plan->kept.data()),
+       .byte_size = static_cast<int64_t>(plan->kept.size() * sizeof(int32_t)),
+       .owner = plan},
+      Buffer(result.decision.kept.data(), result.decision.kept.size_bytes(), nullptr));
+  if (pages.num_pages > 0) {
+    status.Update(collect.AddPageTable(pages.num_pages));
+    if (status.ok()) status = CollectPages(context, pages, collect);
+  }
   // Also after a failure: nothing may be freed while the device still works on it.
   status.Update(stream.Synchronize());
   if (!status.ok()) return status;
@@ -418,6 +490,10 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
   }
   const int64_t input = *std::max_element(layer_bytes.begin(), layer_bytes.end());
   int64_t output = 0;
+  int64_t output_copies = copies;
+  if (spec.output != nullptr) {  // no host copy; none at all where operations write there
+    output_copies = WritesInPlace(spec, device_has_own_memory) ? 0 : 1;
+  }
   if (spec.method == Method::kCompress || spec.method == Method::kApply ||
       spec.method == Method::kFetch) {
     const bool bounded = spec.method == Method::kCompress && !spec.shadow;
@@ -432,7 +508,55 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
                       spec.method != Method::kFetch;
   const int64_t scores = scored ? 2 * int64_t{4} * shape.num_kv_heads * shape.num_tokens : 0;
   return std::max<int64_t>(
-      1, sequence_bytes + MaxLayersInFlight(spec) * (input + copies * (output + scores)));
+      1, sequence_bytes +
+             MaxLayersInFlight(spec) * (input + output_copies * output + copies * scores));
+}
+
+bool WritesInPlace(const RequestSpec& spec, bool device_has_own_memory) {
+  return spec.output != nullptr && (spec.output->on_device() || !device_has_own_memory) &&
+         !spec.shadow && spec.sequence.policy.quality_floor.max_output_relative_error == 0;
+}
+
+OutputNeed OutputNeedOf(const RequestSpec& spec) {
+  const SequenceSpec& sequence = spec.sequence;
+  const int64_t num_tokens = sequence.shape.num_tokens;
+  const int32_t most_groups =
+      sequence.policy.scope == Scope::kLayerHead ? sequence.shape.num_kv_heads : 1;
+  OutputNeed need;
+  if (spec.shadow) {
+    need.least_bytes = need.most_bytes =
+        sequence.shape.num_layers * PlacedBytes(OriginalsSpec(sequence), num_tokens, 1, 0);
+    return need;
+  }
+  if (spec.method == Method::kApply) {
+    int64_t num_blocks = 0;
+    for (const RequestTensor& tensor : spec.tensors) {
+      if (tensor.kind == TensorKind::kBlockStarts) num_blocks = tensor.byte_size / 4 - 1;
+    }
+    for (const LayerPlan& layer : spec.plan->layers) {
+      need.least_bytes += PlacedBytes(sequence, layer.num_kept, layer.groups, num_blocks);
+    }
+    need.most_bytes = need.least_bytes;
+    return need;
+  }
+  if (spec.method == Method::kFetch) {
+    int64_t num_whole = std::ssize(spec.fetch_layers);
+    for (const RequestTensor& tensor : spec.tensors) {  // KEPT_TOKENS of some layers
+      const int64_t num_kept = tensor.byte_size / 4 / most_groups;
+      need.least_bytes += PlacedBytes(sequence, num_kept, most_groups, 0);
+      --num_whole;
+    }
+    need.least_bytes += num_whole * PlacedBytes(sequence, num_tokens, 1, 0);
+    need.most_bytes = need.least_bytes;
+    return need;
+  }
+  for (int32_t layer = 0; layer < sequence.shape.num_layers; ++layer) {
+    const int64_t least = LeastKept(sequence, layer);
+    need.least_bytes += PlacedBytes(sequence, least, least == num_tokens ? 1 : most_groups, 1);
+  }
+  need.most_bytes =
+      sequence.shape.num_layers * PlacedBytes(sequence, num_tokens, most_groups, num_tokens);
+  return need;
 }
 
 }  // namespace dynsplit

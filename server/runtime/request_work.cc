@@ -17,14 +17,6 @@ double SecondsSince(absl::Time start) { return absl::ToDoubleSeconds(absl::Now()
 
 std::string HexOrNone(std::string_view hex) { return hex.empty() ? "none" : std::string(hex); }
 
-// The sequence as it came: everything kept, as is. Its index is not wanted.
-SequenceSpec OriginalsSpec(SequenceSpec spec) {
-  spec.policy.transform = Transform::kEvict;
-  spec.policy.encoding = EncodingPolicy{};
-  spec.policy.positions = Positions::kOriginal;
-  return spec;
-}
-
 }  // namespace
 
 absl::Status Request::Prepare(Backend& backend, Stream& stream) {
@@ -144,6 +136,7 @@ absl::StatusOr<LayerTensors> Request::StageLayer(int32_t layer, Stage& stage, Ba
   if (status.ok()) status = stream.Synchronize();
   if (!status.ok()) return status;
   LayerTensors tensors = LayerViews(spec_, layer, plan, stage, block_table_);
+  tensors.page_memory = page_memory();
   {
     absl::MutexLock lock(&mu_);
     end_.seconds.host_to_device += SecondsSince(start);
@@ -278,16 +271,18 @@ absl::StatusOr<ComputedLayer> Request::Collect(LayerResult result, const LayerTe
     result.decision = *std::move(everything);
     result.pages = *std::move(originals);
   }
+  const LayerSeconds seconds = result.seconds;
+  LayerReceipt receipt = result.receipt;
   const absl::Time start = absl::Now();
   absl::StatusOr<ComputedLayer> output =
-      CollectLayer(*context, std::move(result.decision), std::move(result.pages), backend, stream);
+      CollectLayer(*context, std::move(result), spec_.output.get(), backend, stream);
   if (!output.ok()) return output.status();
   output->device_to_host_seconds = SecondsSince(start);
-  output->seconds = result.seconds;
+  output->seconds = seconds;
   output->shadow_bytes = shadow_bytes;
   if (spec_.sequence.with_receipt) {
-    result.receipt.layer = layer;
-    output->receipt = result.receipt;
+    receipt.layer = layer;
+    output->receipt = receipt;
   }
   return output;
 }

@@ -228,6 +228,7 @@ absl::StatusOr<ComputedLayer> Request::FetchOne(int32_t layer, const Stage& stag
   tensors.layer = layer;
   tensors.keys = session.sequence->Keys(layer, spec_.sequence.shape.num_tokens);
   tensors.values = session.sequence->Values(layer, spec_.sequence.shape.num_tokens);
+  tensors.page_memory = page_memory();
   absl::StatusOr<ComputedLayer> output =
       FinishLayer(*std::move(decision), tensors, backend, stream);
   if (!output.ok()) {
