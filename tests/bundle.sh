@@ -13,7 +13,7 @@ bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
 
-for name in gpu_tests bench_gpu bench_decode bench_select dynsplitd dynsplit; do
+for name in gpu_tests bench_gpu bench_decode bench_select bench_regions dynsplitd dynsplit; do
   path=$(find "$build" -type f -executable -name "$name" | head -n 1)
   if [ -z "$path" ]; then
     echo "bundle.sh: $name is not built in $build" >&2
@@ -35,7 +35,7 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
 done
 mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
 cp tests/gpu.sh tests/service_parity.sh tests/mps.sh "$bundle/tests/"
-cp tests/bench/select.sh "$bundle/tests/bench/"
+cp tests/bench/select.sh tests/bench/regions.sh "$bundle/tests/bench/"
 cp tests/judges/compare_results.py tests/judges/compare_sessions.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
 rm -rf "$target"

@@ -9,7 +9,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 out=${OUT:-.}
-steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench decode select}
+steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench decode select regions_shm regions_ipc}
 mkdir -p "$out"
 
 # Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
@@ -47,11 +47,13 @@ sanitize racecheck 280 "$race"
 step bench 200 bin/bench_gpu
 step decode 200 bin/bench_decode
 step select 280 tests/bench/select.sh bin/dynsplitd bin/bench_select --ipc --tokens 131072 --layers 32
+step regions_shm 200 tests/bench/regions.sh cuda bin/dynsplitd bin/bench_regions --kind shm --gib 8
+step regions_ipc 200 tests/bench/regions.sh cuda bin/dynsplitd bin/bench_regions --kind cuda-ipc --tokens 131072
 
 if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -20 | cut -c 1-100; fi
 for name in "${names[@]}"; do
   case $name in
-    bench | decode | select) printf '== %s\n' "$name"; head -n 60 "$out/$name.log" | cut -c 1-150 ;;
+    bench | decode | select | regions_*) printf '== %s\n' "$name"; head -n 60 "$out/$name.log" | cut -c 1-150 ;;
     service) tail -n 8 "$out/service.log" | cut -c 1-150 ;;
     *) tail -n 2 "$out/$name.log" | cut -c 1-150 | sed "s/^/$name: /" ;;
   esac
