@@ -8,7 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
 #include "server/rpc/begin_adapter.h"
-#include "server/runtime/layer_work.h"
+#include "server/runtime/output_need.h"
 
 namespace dynsplit::rpc {
 namespace {

@@ -67,7 +67,8 @@ absl::StatusOr<RegionStore::Registration> RegistrationFromProto(
 // Attach: an owner for as long as its stream is open. Deletes itself.
 class OwnerReactor final : public grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse> {
  public:
-  explicit OwnerReactor(RegionStore& regions) : regions_(regions), owner_(regions.Attach()) {
+  explicit OwnerReactor(Services& services)
+      : services_(services), owner_(services.regions.Attach()) {
     if (!owner_.ok()) {
       Finish(ErrorToGrpc(owner_.status()));
       return;
@@ -85,19 +86,28 @@ class OwnerReactor final : public grpc::ServerBidiReactor<v1::AttachRequest, v1:
   }
   void OnCancel() override { End(grpc::Status(grpc::StatusCode::CANCELLED, "the owner is gone")); }
   void OnDone() override {
-    if (owner_.ok() && !ended_) regions_.Detach(*owner_);
+    Detach();
     delete this;
   }
 
  private:
   void End(const grpc::Status& status) {
-    if (!owner_.ok() || ended_.exchange(true)) return;
-    regions_.Detach(*owner_);
-    Log(LogLevel::kInfo, "region owner detached");
-    Finish(status);
+    if (Detach()) Finish(status);
   }
 
-  RegionStore& regions_;
+  // False where that has been done, or there is no owner.
+  bool Detach() {
+    if (!owner_.ok() || ended_.exchange(true)) return false;
+    auto dropped = services_.regions.Detach(*owner_);
+    Log(LogLevel::kInfo, "region owner detached",
+        {{"regions", static_cast<int64_t>(dropped.size())}});
+    // Unmapped elsewhere: this is gRPC's thread.
+    services_.executor.Submit(
+        [dropped = std::move(dropped)](Backend&, Stream&) mutable { dropped.clear(); });
+    return true;
+  }
+
+  Services& services_;
   const absl::StatusOr<std::string> owner_;
   std::atomic<bool> ended_ = false;
   v1::AttachRequest request_;
@@ -108,7 +118,7 @@ class OwnerReactor final : public grpc::ServerBidiReactor<v1::AttachRequest, v1:
 
 grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* MemoryService::Attach(
     grpc::CallbackServerContext* /*context*/) {
-  return new OwnerReactor(services_.regions);
+  return new OwnerReactor(services_);
 }
 
 grpc::ServerUnaryReactor* MemoryService::Register(grpc::CallbackServerContext* context,

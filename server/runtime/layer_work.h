@@ -67,23 +67,10 @@ LayerTensors LayerViews(const RequestSpec& spec, int32_t layer, const StagePlan&
 // UNIMPLEMENTED where something is not.
 absl::Status CheckStageFinite(const RequestSpec& spec, const StagePlan& plan, const Stage& stage);
 
-// The sequence as it came: everything kept, as is. Its index is not wanted.
-SequenceSpec OriginalsSpec(SequenceSpec spec);
-
 // What leaves of a layer: in `output` where it is not null, else in host memory. Consumes the
 // pages; complete when it returns.
 absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerResult result,
                                            OutputRoom* output, Backend& backend, Stream& stream);
-
-// Operations write results to spec.output themselves: no layer's pages are made in vain, and the
-// device reaches it without detour.
-bool WritesInPlace(const RequestSpec& spec, bool device_has_own_memory);
-// What spec.output needs at least, as far as it is known before the first tensor, and at most.
-struct OutputNeed {
-  int64_t least_bytes = 0;
-  int64_t most_bytes = 0;
-};
-OutputNeed OutputNeedOf(const RequestSpec& spec);
 
 ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values);
 

@@ -176,8 +176,8 @@ absl::StatusOr<std::string> RegionStore::Attach() {
   return owner;
 }
 
-void RegionStore::Detach(const std::string& owner) {
-  std::vector<Entry> dropped;  // unmapped without the lock
+std::vector<std::shared_ptr<const Region>> RegionStore::Detach(const std::string& owner) {
+  std::vector<std::shared_ptr<const Region>> dropped;
   absl::MutexLock lock(&mu_);
   owners_.erase(owner);
   for (auto it = entries_.begin(); it != entries_.end();) {
@@ -185,9 +185,10 @@ void RegionStore::Detach(const std::string& owner) {
       ++it;
       continue;
     }
-    dropped.push_back(std::move(it->second));
+    dropped.push_back(std::move(it->second.region));
     it = entries_.erase(it);
   }
+  return dropped;
 }
 
 RegionStore::Kind RegionStore::KindOf(const Registration& registration) {

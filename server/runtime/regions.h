@@ -116,8 +116,10 @@ class RegionStore {
 
   // A new owner's token: 16 random bytes. RESOURCE_EXHAUSTED beyond max_owners.
   absl::StatusOr<std::string> Attach();
-  // Drops what the owner has, at once for who would still look it up, unmapped when its users end.
-  void Detach(const std::string& owner);
+  // Drops what the owner has: at once for who would look it up, unmapped with the last user.
+  // Returns it, as unmapping takes as long as memory is large: let it go where that may take a
+  // while.
+  std::vector<std::shared_ptr<const Region>> Detach(const std::string& owner);
 
   // The same object of the same owner under the same name again renews the lease. NOT_FOUND for an
   // owner that is gone. Field paths in errors are those of RegisterRegionRequest.

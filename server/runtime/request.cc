@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "server/runtime/output_need.h"
 
 namespace dynsplit {
 namespace {

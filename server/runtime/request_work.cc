@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
+#include "server/runtime/output_need.h"
 #include "server/runtime/request.h"
 
 namespace dynsplit {

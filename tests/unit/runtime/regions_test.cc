@@ -190,7 +190,7 @@ TEST_F(RegionStoreTest, OwnersTakeTheirRegionsAlong) {
   ASSERT_TRUE(store_.Register(Of(object, "b")).ok());
   const auto used = store_.Find("a", info->generation, 0, 1, false, "f");
   ASSERT_TRUE(used.ok());
-  store_.Detach(*owner);
+  (void)store_.Detach(*owner);
   EXPECT_EQ(store_.Find("a", info->generation, 0, 1, false, "f").status().code(),
             absl::StatusCode::kNotFound);
   object.data[0] = 'x';  // still mapped for its user
@@ -198,7 +198,7 @@ TEST_F(RegionStoreTest, OwnersTakeTheirRegionsAlong) {
   ASSERT_EQ(store_.List().size(), 1U);
   EXPECT_EQ(store_.List()[0].name, "b");
   EXPECT_EQ(store_.Register(registration).status().code(), absl::StatusCode::kNotFound);
-  store_.Detach(*owner);  // once more is nothing
+  (void)store_.Detach(*owner);  // once more is nothing
   EXPECT_EQ(store_.List().size(), 1U);
 }
 
@@ -214,7 +214,7 @@ TEST_F(RegionStoreTest, OwnersHaveAQuotaAndLeasesStillEnd) {
   ASSERT_TRUE(store.Register(registration).ok());
   now_ += absl::Seconds(10);
   EXPECT_TRUE(store.List().empty());
-  store.Detach(*owner);
+  (void)store.Detach(*owner);
   EXPECT_TRUE(store.Attach().ok());
 }
 
