@@ -210,6 +210,9 @@ class CudaBackend : public Backend {
   absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) override {
     return Run(kernels::RefreshRows, params, stream);
   }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) override {
+    return Run(kernels::SegmentTokens, params, stream);
+  }
 
  private:
   // Makes the device current for this thread; refuses once it is faulty.

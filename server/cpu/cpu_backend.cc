@@ -130,6 +130,9 @@ class CpuBackend final : public Backend {
   absl::Status RefreshRows(const RefreshRowsParams& params, Stream& /*stream*/) override {
     return cpu::RefreshRows(params, workspace());
   }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& /*stream*/) override {
+    return cpu::SegmentTokens(params, workspace());
+  }
 
  private:
   static absl::Status NoHandles() {

@@ -26,15 +26,15 @@ float ScaleOf(float amax, DType dtype) {
 
 class PageGatherer {
  public:
-  PageGatherer(const GatherPagesParams& params, const Workspace& workspace)
-      : p_(params),
+  PageGatherer(const GatherPagesItem& item, const Workspace& workspace)
+      : p_(item),
         workspace_(workspace),
-        heads_(params.source.num_heads),
-        row_bytes_(params.source.head_dim * DTypeBytes(params.out_dtype)),
-        num_slots_(CeilDiv(params.num_kept, params.page_size) * params.page_size),
+        heads_(item.source.num_heads),
+        row_bytes_(item.source.head_dim * DTypeBytes(item.out_dtype)),
+        num_slots_(CeilDiv(item.num_kept, item.page_size) * item.page_size),
         slots_per_chunk_(std::max<int64_t>(1, kChunkBytes / (heads_ * row_bytes_))),
-        slot_stride_(OrDense(params.slot_stride_bytes, heads_ * row_bytes_)),
-        head_stride_(OrDense(params.head_stride_bytes, row_bytes_)) {}
+        slot_stride_(OrDense(item.slot_stride_bytes, heads_ * row_bytes_)),
+        head_stride_(OrDense(item.head_stride_bytes, row_bytes_)) {}
 
   absl::Status Run() {
     const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
@@ -86,7 +86,7 @@ class PageGatherer {
   const float* LoadRow(int64_t slot, int32_t head, float* scratch) const;
   void PadSlots(int64_t begin, int64_t end, bool scales_per_token) const;
 
-  const GatherPagesParams& p_;
+  const GatherPagesItem& p_;
   const Workspace& workspace_;
   const int32_t heads_;
   const int64_t row_bytes_;
@@ -189,7 +189,10 @@ void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {
 }  // namespace
 
 absl::Status GatherPages(const GatherPagesParams& params, const Workspace& workspace) {
-  return PageGatherer(params, workspace).Run();
+  for (const GatherPagesItem& item : params.items) {
+    if (absl::Status status = PageGatherer(item, workspace).Run(); !status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace dynsplit::cpu

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Stages 4 and 5, what happens and in which bits: kept rows -> uniform pages; block summaries.
+#include <array>
 #include <numeric>
 
 #include "server/pipeline/compress.h"
@@ -36,11 +37,12 @@ struct PageOutput {
   ScaleGranularity scale_granularity = ScaleGranularity::kHead;
   Buffer pages;
   Buffer scales;
+  GatherPagesItem item;  // how they are made
 };
 
-absl::StatusOr<PageOutput> Gather(const SequenceContext& context, const LayerDecision& decision,
-                                  const LayerTensors& tensors, const PageInput& input,
-                                  Backend& backend, Stream& stream) {
+absl::StatusOr<PageOutput> PlanGather(const SequenceContext& context, const LayerDecision& decision,
+                                      const LayerTensors& tensors, const PageInput& input,
+                                      Backend& backend, Stream& stream) {
   const auto& [source, format, rotation] = input;
   const SequenceSpec& spec = context.spec;
   const int64_t num_slots = NumPages(spec, decision.plan.num_kept) * spec.policy.page_size;
@@ -59,18 +61,17 @@ absl::StatusOr<PageOutput> Gather(const SequenceContext& context, const LayerDec
     if (!scales.ok()) return scales.status();
     out.scales = *std::move(scales);
   }
-  const GatherPagesParams params = {.source = source,
-                                    .kept = decision.kept.as<int32_t>(),
-                                    .groups = decision.plan.groups,
-                                    .num_kept = decision.plan.num_kept,
-                                    .page_size = spec.policy.page_size,
-                                    .format = format,
-                                    .scale_granularity = out.scale_granularity,
-                                    .out_dtype = out.dtype,
-                                    .rotation = rotation,
-                                    .pages = out.pages.data(),
-                                    .scales = out.scales.as<float>()};
-  if (auto status = backend.GatherPages(params, stream); !status.ok()) return status;
+  out.item = {.source = source,
+              .kept = decision.kept.as<int32_t>(),
+              .groups = decision.plan.groups,
+              .num_kept = decision.plan.num_kept,
+              .page_size = spec.policy.page_size,
+              .format = format,
+              .scale_granularity = out.scale_granularity,
+              .out_dtype = out.dtype,
+              .rotation = rotation,
+              .pages = out.pages.data(),
+              .scales = out.scales.as<float>()};
   return out;
 }
 
@@ -108,14 +109,16 @@ absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const Laye
                                       Stream& stream) {
   const EncodingPolicy& encoding = context.spec.policy.encoding;
   absl::StatusOr<PageOutput> keys =
-      Gather(context, decision, tensors,
-             {.source = tensors.keys, .format = encoding.key, .rotation = context.rotation},
-             backend, stream);
+      PlanGather(context, decision, tensors,
+                 {.source = tensors.keys, .format = encoding.key, .rotation = context.rotation},
+                 backend, stream);
   if (!keys.ok()) return keys.status();
-  absl::StatusOr<PageOutput> values =
-      Gather(context, decision, tensors,
-             {.source = tensors.values, .format = encoding.value, .rotation = {}}, backend, stream);
+  absl::StatusOr<PageOutput> values = PlanGather(
+      context, decision, tensors,
+      {.source = tensors.values, .format = encoding.value, .rotation = {}}, backend, stream);
   if (!values.ok()) return values.status();
+  const std::array<GatherPagesItem, 2> items = {keys->item, values->item};
+  if (auto status = backend.GatherPages({.items = items}, stream); !status.ok()) return status;
   LayerPages pages;
   pages.num_kept = decision.plan.num_kept;
   pages.num_pages = NumPages(context.spec, pages.num_kept);

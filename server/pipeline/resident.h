@@ -143,8 +143,9 @@ class ResidentSequence {
   // Room for so many blocks; what is there stays.
   absl::Status EnsureIndex(int64_t num_blocks, Stream& stream);
   absl::Status CopyIndex(const ResidentLayout& layout, const Buffer& index, Stream& stream);
-  absl::Status StoreRows(const TensorView& from, const TensorView& to,
-                         EncodingPolicy::Format format, Stream& stream);
+  // `from`, encoded, as the rows of `to` behind those that are there.
+  GatherPagesItem NewRows(const TensorView& from, const TensorView& to,
+                          EncodingPolicy::Format format) const;
   absl::Status UploadStarts(const Pending& pending, Stream& stream);
   absl::Status SummarizeLayer(int32_t layer, const Pending& pending, Stream& stream);
 

@@ -285,14 +285,16 @@ absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& ba
       static_cast<int64_t>(layers.size() * kChecks.size() * sizeof(int32_t)), stream);
   if (!found.ok()) return found.status();
   auto* next = found->as<int32_t>();
+  std::vector<CheckFiniteItem> items;
+  items.reserve(layers.size() * kChecks.size());
   for (const LayerTensors& layer : layers) {
     for (const Check& check : kChecks) {
       const TensorView& tensor = layer.*check.tensor;
-      const CheckFiniteParams params = {.tensor = tensor, .first_bad_token = next++};
-      if (tensor.data == nullptr) continue;
-      if (auto status = backend.CheckFinite(params, stream); !status.ok()) return status;
+      if (tensor.data != nullptr) items.push_back({.tensor = tensor, .first_bad_token = next});
+      ++next;
     }
   }
+  if (auto status = backend.CheckFinite({.items = items}, stream); !status.ok()) return status;
   const absl::StatusOr<Buffer> host = backend.ToHost(*std::move(found), stream);
   if (!host.ok()) return host.status();
   if (auto status = stream.Synchronize(); !status.ok()) return status;

@@ -44,24 +44,23 @@ MovedLayer RegularLayer(int32_t num_heads, int64_t num_rows, const int32_t* move
   return layer;
 }
 
-absl::Status GatherRows(const TensorView& view, const int32_t* tokens, int64_t num_rows,
-                        std::byte* rows, float* scales, Backend& backend, Stream& stream) {
+GatherPagesItem RowsOf(const TensorView& view, const int32_t* tokens, int64_t num_rows,
+                       std::byte* rows, float* scales) {
   const int64_t row_bytes = view.head_dim * DTypeBytes(view.dtype);
-  return backend.GatherPages({.source = view,
-                              .kept = tokens,
-                              .groups = view.num_heads,
-                              .num_kept = num_rows,
-                              .page_size = 1,
-                              .format = EncodingPolicy::Format::kAsIs,
-                              .scale_granularity = ScaleGranularity::kTokenHead,
-                              .out_dtype = view.dtype,
-                              .rotation = {},
-                              .pages = rows,
-                              .scales = IsQuantized(view.dtype) ? scales : nullptr,
-                              .slot_stride_bytes = row_bytes,
-                              .head_stride_bytes = num_rows * row_bytes,
-                              .scale_head_stride = num_rows},
-                             stream);
+  return {.source = view,
+          .kept = tokens,
+          .groups = view.num_heads,
+          .num_kept = num_rows,
+          .page_size = 1,
+          .format = EncodingPolicy::Format::kAsIs,
+          .scale_granularity = ScaleGranularity::kTokenHead,
+          .out_dtype = view.dtype,
+          .rotation = {},
+          .pages = rows,
+          .scales = IsQuantized(view.dtype) ? scales : nullptr,
+          .slot_stride_bytes = row_bytes,
+          .head_stride_bytes = num_rows * row_bytes,
+          .scale_head_stride = num_rows};
 }
 
 }  // namespace
@@ -115,20 +114,19 @@ absl::StatusOr<Buffer> ReadRows(const SelectionStep& step, const SlotChanges& ch
   if (!tokens_device.ok()) return tokens_device.status();
   absl::StatusOr<Buffer> device = backend.Allocate(rows.size_bytes(), stream);
   absl::Status status = device.status();
+  std::vector<GatherPagesItem> items;
   for (size_t i = 0; i < layers.size() && status.ok(); ++i) {
     const int64_t count = layers[i].num_rows;
     if (count == 0) continue;
     const auto layer = step.first_layer + static_cast<int32_t>(i);
     const auto* tokens = reinterpret_cast<const int32_t*>(tokens_device->data() + places[i].tokens);
     const auto scales = [&](int64_t at) { return reinterpret_cast<float*>(device->data() + at); };
-    status =
-        GatherRows(sequence.Keys(layer, sequence.num_tokens()), tokens, count,
-                   device->data() + places[i].keys, scales(places[i].key_scales), backend, stream);
-    if (!status.ok()) break;
-    status = GatherRows(sequence.Values(layer, sequence.num_tokens()), tokens, count,
-                        device->data() + places[i].values, scales(places[i].value_scales), backend,
-                        stream);
+    items.push_back(RowsOf(sequence.Keys(layer, sequence.num_tokens()), tokens, count,
+                           device->data() + places[i].keys, scales(places[i].key_scales)));
+    items.push_back(RowsOf(sequence.Values(layer, sequence.num_tokens()), tokens, count,
+                           device->data() + places[i].values, scales(places[i].value_scales)));
   }
+  if (status.ok()) status = backend.GatherPages({.items = items}, stream);
   absl::StatusOr<Buffer> host = Buffer();
   if (status.ok()) {
     host = backend.ToHost(*std::move(device), stream);

@@ -238,12 +238,12 @@ Case ApplyCase(Runner& runner, int64_t percent, Format format, bool rotated) {
   const auto num_kept = static_cast<int64_t>(kept->size());
   auto pages = Memory::Bytes((num_kept + 15) / 16 * 16 * kTokenBytes);
   auto scales = Zeros<float>((num_kept + 15) * kKvHeads);
-  GatherPagesParams params{.source = TheLayer().Keys(),
-                           .kept = kept->data(),
-                           .num_kept = num_kept,
-                           .format = format,
-                           .rotation = {},
-                           .pages = pages->data()};
+  GatherPagesItem params{.source = TheLayer().Keys(),
+                         .kept = kept->data(),
+                         .num_kept = num_kept,
+                         .format = format,
+                         .rotation = {},
+                         .pages = pages->data()};
   std::string name = "Apply " + std::to_string(percent) + "%";
   int64_t out_bytes = num_kept * kTokenBytes;
   if (format != Format::kAsIs) {
@@ -265,8 +265,10 @@ Case ApplyCase(Runner& runner, int64_t percent, Format format, bool rotated) {
           .work = static_cast<double>(moved),
           .unit = "B",
           .target = format == Format::kAsIs && !rotated ? 0.5 : 0,
-          .run = [&runner, params, kept, pages,
-                  scales] { Check(runner.backend->GatherPages(params, *runner.stream)); },
+          .run =
+              [&runner, params, kept, pages, scales] {
+                Check(runner.backend->GatherPages({.items = {&params, 1}}, *runner.stream));
+              },
           .ceiling = CopyCeiling(runner, moved / 2)};
 }
 
@@ -334,12 +336,14 @@ Case SummarizeCase(Runner& runner) {
 
 Case CheckFiniteCase(Runner& runner) {
   auto first = Zeros<int32_t>(1);
-  CheckFiniteParams params{.tensor = TheLayer().Keys(), .first_bad_token = first->data()};
+  CheckFiniteItem params{.tensor = TheLayer().Keys(), .first_bad_token = first->data()};
   return {.name = "CheckFinite (ceiling: read)",
           .work = static_cast<double>(kTokens * kTokenBytes),
           .unit = "B",
-          .run = [&runner, params,
-                  first] { Check(runner.backend->CheckFinite(params, *runner.stream)); },
+          .run =
+              [&runner, params, first] {
+                Check(runner.backend->CheckFinite({.items = {&params, 1}}, *runner.stream));
+              },
           .ceiling = ReadCeiling(runner, kTokens * kTokenBytes)};
 }
 

@@ -7,6 +7,7 @@
 // written once at the measured copy (or read) rate; share = floor / time.
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <utility>
 #include <vector>
@@ -95,8 +96,10 @@ class LayerBench {
            [&](int i) { Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kFloat8E4M3); });
     Report("check_finite (K)", k_bytes, read, 0, [&](int i) { CheckFinite(i); });
     Report("layer: score..gather K,V", k_bytes + 4 * kept_bytes, copy, 2 * pass_flops,
-           [&](int i) { Layer(i); });
-    Layer(0);
+           [&](int i) { Layer(i, false); });
+    Report("layer, LSE given", k_bytes + 4 * kept_bytes, copy, pass_flops,
+           [&](int i) { Layer(i, true); });
+    Layer(0, false);
     Report("measure_attention", 2 * k_bytes + 2 * kept_bytes, read,
            2 * pass_flops * (1 + 1.5 * kKeptRatio), [&](int i) { Measure(i); });
   }
@@ -164,25 +167,25 @@ class LayerBench {
   }
   void Gather(const Buffer& source, const Buffer& pages, EncodingPolicy::Format format) {
     const bool encoded = format != EncodingPolicy::Format::kAsIs;
-    Check(kernels::GatherPages(
-        {.source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
-         .kept = kept_.as<int32_t>(),
-         .groups = groups_,
-         .num_kept = num_kept_,
-         .page_size = kPageSize,
-         .format = format,
-         .out_dtype = encoded ? DType::kFloat8E4M3 : DType::kBFloat16,
-         .rotation = {},
-         .pages = pages.data(),
-         .scales = encoded ? scales_.as<float>() : nullptr},
-        device_.launch));
+    const GatherPagesItem item = {
+        .source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
+        .kept = kept_.as<int32_t>(),
+        .groups = groups_,
+        .num_kept = num_kept_,
+        .page_size = kPageSize,
+        .format = format,
+        .out_dtype = encoded ? DType::kFloat8E4M3 : DType::kBFloat16,
+        .rotation = {},
+        .pages = pages.data(),
+        .scales = encoded ? scales_.as<float>() : nullptr};
+    Check(kernels::GatherPages({.items = {&item, 1}}, device_.launch));
   }
   void CheckFinite(int i) {
-    Check(kernels::CheckFinite({.tensor = Keys(i), .first_bad_token = counts_.as<int32_t>()},
-                               device_.launch));
+    const CheckFiniteItem item = {.tensor = Keys(i), .first_bad_token = counts_.as<int32_t>()};
+    Check(kernels::CheckFinite({.items = {&item, 1}}, device_.launch));
   }
-  void Layer(int i) {
-    Score(i, false);
+  void Layer(int i, bool with_lse) {
+    Score(i, with_lse);
     Reduce();
     Select(kHeads);
     Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kAsIs);
@@ -230,11 +233,12 @@ class LayerBench {
       scales_, min_, max_, lse_, losses_;
 };
 
-void Main() {
+void Main(std::vector<int64_t> lengths) {
+  if (lengths.empty()) lengths = {32768, 131072};
   const Device device = OpenDevice();
   const Ceilings ceilings = MeasureCeilings(device);
   RandomSource random(device);
-  for (int64_t num_tokens : {32768, 131072}) {
+  for (const int64_t num_tokens : lengths) {
     LayerBench(device, ceilings, random, num_tokens).Run();
     Check(cudaStreamSynchronize(device.launch.stream));
   }
@@ -243,4 +247,9 @@ void Main() {
 }  // namespace
 }  // namespace dynsplit::bench
 
-int main() { dynsplit::bench::Main(); }
+// bench_gpu [TOKENS...]
+int main(int argc, char** argv) {
+  std::vector<int64_t> lengths;
+  for (int i = 1; i < argc; ++i) lengths.push_back(std::atoll(argv[i]));
+  dynsplit::bench::Main(std::move(lengths));
+}
