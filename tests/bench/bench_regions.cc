@@ -312,6 +312,9 @@ class TimedBackend final : public Backend {
   absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) override {
     return Run("check_finite", &Backend::CheckFinite, params, stream);
   }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) override {
+    return Run("segment_tokens", &Backend::SegmentTokens, params, stream);
+  }
   absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) override {
     return Run("select_blocks", &Backend::SelectBlocks, params, stream);
   }
