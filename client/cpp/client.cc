@@ -66,6 +66,11 @@ class SliceGuard {
 };
 
 absl::Status CheckJob(const CompressJob& job) {
+  if (job.partial != nullptr && job.begin.has_output()) {
+    return absl::InvalidArgumentError(
+        "partial and begin.output are set; results in a region are "
+        "not lost with the stream");
+  }
   for (size_t i = 0; i < job.tensors.size(); ++i) {
     if (job.tensors[i].bytes.empty()) {
       return absl::InvalidArgumentError(absl::StrCat("tensors[", i, "] has no bytes"));
@@ -293,6 +298,10 @@ absl::StatusOr<v1::RegisterRegionResponse> Client::RegisterRegion(
 
 absl::Status Client::UnregisterRegion(const v1::UnregisterRegionRequest& request) {
   return Unary(&v1::Memory::Stub::Unregister, request).status();
+}
+
+absl::StatusOr<std::unique_ptr<RegionOwner>> Client::AttachRegionOwner() {
+  return RegionOwner::Attach(NextChannel(), options_.control_timeout);
 }
 
 absl::StatusOr<v1::ListRegionsResponse> Client::ListRegions() {

@@ -31,6 +31,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cpp/job.h"
+#include "client/cpp/region_owner.h"
 #include "dynsplit/v1/info.pb.h"
 #include "dynsplit/v1/memory.pb.h"
 #include "dynsplit/v1/sessions.pb.h"
@@ -123,6 +124,8 @@ class Client {
   absl::StatusOr<v1::RegisterRegionResponse> RegisterRegion(
       const v1::RegisterRegionRequest& request);
   absl::Status UnregisterRegion(const v1::UnregisterRegionRequest& request);
+  // What regions can be bound to; holds a stream open.
+  absl::StatusOr<std::unique_ptr<RegionOwner>> AttachRegionOwner();
   absl::StatusOr<v1::ListRegionsResponse> ListRegions();
 
   // grpc.health.v1 Check of the whole server: OK when it serves, UNAVAILABLE when it answers

@@ -20,7 +20,9 @@
 // device is done with the host memory it had from it.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -93,6 +95,9 @@ absl::StatusOr<std::unique_ptr<SequenceContext>> PrepareSequence(SequenceSpec sp
                                                                  Segmentation segmentation,
                                                                  Backend& backend, Stream& stream);
 
+// Gives memory that operations write a layer's pages to.
+using PageMemory = std::function<absl::StatusOr<Buffer>(int64_t size_bytes)>;
+
 // One layer's tensors on the device. data == nullptr / null = not supplied.
 struct LayerTensors {
   int32_t layer = 0;
@@ -101,6 +106,8 @@ struct LayerTensors {
   TensorView queries;                  // [W, Hq, D]
   const float* lse = nullptr;          // [W, Hq], in the declared base
   const float* accumulated = nullptr;  // [accumulated_rows, T]
+  // Of the pages that ApplyLayer makes; null = the backend's. Each ApplyLayer takes its own.
+  const PageMemory* page_memory = nullptr;
 };
 
 // The check for NaN and infinity in keys, values and queries, on its way.
@@ -163,6 +170,8 @@ void ReadDecision(LayerDecision& decision);
 // A decision that keeps everything (dense layers, index transform).
 absl::StatusOr<LayerDecision> KeepAll(const SequenceContext& context, int32_t layer,
                                       Backend& backend, Stream& stream);
+// Tokens that a head of `layer` keeps at least, as far as the policy alone tells.
+int64_t LeastKept(const SequenceSpec& spec, int32_t layer);
 // A decision made elsewhere (Apply). `plan` must be valid.
 absl::StatusOr<LayerDecision> FromPlan(LayerPlan plan, Backend& backend, Stream& stream);
 
@@ -181,7 +190,11 @@ struct LayerPages {
 absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const LayerDecision& decision,
                                       const LayerTensors& tensors, Backend& backend,
                                       Stream& stream);
-// Bytes of all pages, scales and summaries of one layer that keeps `num_kept` tokens.
+// Bytes of each buffer of LayerPages of a layer that keeps `num_kept` tokens, in their order there;
+// 0 = empty.
+std::array<int64_t, 7> LayerPageBytes(const SequenceSpec& spec, int64_t num_kept,
+                                      int64_t num_blocks);
+// The sum of those.
 int64_t LayerOutputBytes(const SequenceSpec& spec, int64_t num_kept, int64_t num_blocks);
 
 struct LayerReceipt {

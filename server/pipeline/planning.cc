@@ -143,6 +143,12 @@ absl::StatusOr<LayerDecision> KeepAll(const SequenceContext& context, int32_t la
   return KeepAllAs(context, std::move(plan), backend, stream);
 }
 
+int64_t LeastKept(const SequenceSpec& spec, int32_t layer) {
+  const absl::StatusOr<LayerBudget> budget = BudgetForLayer(
+      spec.policy, spec.shape, layer, /*num_blocks=*/1, /*num_protected=*/0, OutputCostOf(spec));
+  return budget.ok() ? std::max<int64_t>(1, budget->num_kept) : 1;
+}
+
 absl::StatusOr<LayerDecision> FromPlan(LayerPlan plan, Backend& backend, Stream& stream) {
   absl::StatusOr<Buffer> host = HostCopy(std::as_bytes(std::span(plan.kept)), backend);
   if (!host.ok()) return host.status();

@@ -441,6 +441,8 @@ absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
   if (!status.ok()) return status;
   spec.tensors.reserve(tensors->all.size());
   for (DecodedTensor& decoded : tensors->all) spec.tensors.push_back(std::move(decoded.tensor));
+  status = DecodeOutput(begin, context.regions, spec);
+  if (!status.ok()) return status;
   return spec;
 }
 

@@ -57,7 +57,7 @@ void ResultEncoder::AppendChunks(const std::vector<ResultTensor>& tensors,
     const ResultTensor& tensor = tensors[i];
     const uint32_t id = next_tensor_id_++;
     const auto resumed = static_cast<size_t>(resume.tensor_index);
-    if (i < resumed) continue;
+    if (i < resumed || tensor.region.has_value()) continue;
     const int64_t begin = i == resumed ? resume.offset : 0;
     uint32_t tensor_crc = wire::Crc32c(tensor.data, static_cast<size_t>(begin));
     for (int64_t offset = begin; offset < tensor.byte_size;) {

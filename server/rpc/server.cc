@@ -37,20 +37,20 @@ constexpr int32_t kDefaultCpuWorkers = 2;
 constexpr absl::Duration kWatchPeriod = absl::Milliseconds(250);
 constexpr absl::Duration kDrainPollPeriod = absl::Milliseconds(10);
 
-// gRPC would take the socket file of a server that is alive: look first. A file that nobody
-// listens behind is left for it to replace.
-absl::Status CheckUnixSocketFree(const std::string& path) {
+// The socket file of a server that is alive must not be taken: look first. A file that nobody
+// listens behind is left to be replaced.
+absl::Status CheckUnixSocketFree(const char* option, const std::string& path, int type) {
   struct stat status = {};
   if (lstat(path.c_str(), &status) != 0) {
     return errno == ENOENT ? absl::OkStatus()
                            : absl::InvalidArgumentError(absl::StrCat(
-                                 "option unix-socket is '", path, "': ", std::strerror(errno)));
+                                 "option ", option, " is '", path, "': ", std::strerror(errno)));
   }
   if (!S_ISSOCK(status.st_mode)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("option unix-socket is '", path, "', which exists and is no socket"));
+        absl::StrCat("option ", option, " is '", path, "', which exists and is no socket"));
   }
-  const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int probe = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
   if (probe < 0) return absl::InternalError(absl::StrCat("socket: ", std::strerror(errno)));
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
@@ -60,7 +60,7 @@ absl::Status CheckUnixSocketFree(const std::string& path) {
   close(probe);
   if (!alive) return absl::OkStatus();
   return absl::UnavailableError(
-      absl::StrCat("option unix-socket is '", path, "', where another server is listening"));
+      absl::StrCat("option ", option, " is '", path, "', where another server is listening"));
 }
 
 }  // namespace
@@ -85,10 +85,13 @@ absl::Status Server::StartDevices() {
   std::vector<Backend*> backends;
   for (const std::unique_ptr<Backend>& backend : backends_) backends.push_back(backend.get());
   const bool all = config_.regions == "all";
+  if (!config_.region_socket.empty()) region_files_ = std::make_unique<PassedFiles>();
   regions_ = std::make_unique<RegionStore>(
       RegionStore::Options{.allow_shm = all || config_.regions == "shm",
                            .allow_cuda_ipc = all || config_.regions == "cuda-ipc",
-                           .max_regions = config_.max_regions},
+                           .max_regions = config_.max_regions,
+                           .max_owners = config_.max_regions,
+                           .files = region_files_.get()},
       backends);
   sessions_ = std::make_unique<SessionStore>(
       SessionStore::Options{.max_sessions = config_.max_sessions,
@@ -157,6 +160,16 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(
       return status;
     }
   }
+  if (server->region_files_ != nullptr) {
+    absl::Status status =
+        CheckUnixSocketFree("region-socket", options.region_socket, SOCK_SEQPACKET);
+    if (!status.ok()) return status;
+    unlink(options.region_socket.c_str());  // left behind: nobody listens
+    absl::StatusOr<std::unique_ptr<RegionSocket>> socket =
+        RegionSocket::Start(options.region_socket, *server->region_files_);
+    if (!socket.ok()) return socket.status();
+    server->region_socket_ = *std::move(socket);
+  }
   server->SetServing(true);
   server->watcher_ = std::thread([self = server.get()] { self->Watch(); });
   return server;
@@ -164,7 +177,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(
 
 absl::Status Server::Listen(const std::string& address, bool unix_socket) {
   if (unix_socket) {
-    if (absl::Status status = CheckUnixSocketFree(address); !status.ok()) return status;
+    absl::Status status = CheckUnixSocketFree("unix-socket", address, SOCK_STREAM);
+    if (!status.ok()) return status;
   }
   auto listener = std::make_unique<Listener>(*services_);
   const std::string target = unix_socket ? absl::StrCat("unix:", address) : address;
@@ -229,6 +243,7 @@ void Server::Stop(absl::Duration drain_timeout) {
     listener->server.reset();
     if (!listener->unix_socket.empty()) unlink(listener->unix_socket.c_str());
   }
+  region_socket_.reset();
   stopping_.Notify();
   if (watcher_.joinable()) watcher_.join();
   http_.reset();

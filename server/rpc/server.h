@@ -14,6 +14,8 @@
 #include "server/pipeline/backend.h"
 #include "server/rpc/services.h"
 #include "server/runtime/http.h"
+#include "server/runtime/passed_files.h"
+#include "server/runtime/region_socket.h"
 
 namespace dynsplit::rpc {
 
@@ -55,11 +57,13 @@ class Server {
   const std::vector<std::unique_ptr<Backend>> backends_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<ProfileStore> profiles_;
+  std::unique_ptr<PassedFiles> region_files_;
   std::unique_ptr<RegionStore> regions_;
   std::unique_ptr<SessionStore> sessions_;
   std::unique_ptr<Services> services_;
   std::unique_ptr<DeviceSet> devices_;
   std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<RegionSocket> region_socket_;
   std::vector<std::unique_ptr<Listener>> listeners_;
   int port_ = 0;
 

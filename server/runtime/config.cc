@@ -120,6 +120,8 @@ std::vector<ConfigOption> MakeOptions() {
       Text("regions", &C::regions,
            "memory that clients on this host may register: none, shm, cuda-ipc or all"),
       Int32("max-regions", &C::max_regions, "regions of memory registered at a time"),
+      Text("region-socket", &C::region_socket,
+           "path of a side socket over which clients pass memory as descriptors; empty = none"),
       Duration("drain-timeout", &C::drain_timeout, "time for requests in flight after SIGTERM"),
       Duration("pre-stop-delay", &C::pre_stop_delay,
                "time between turning not ready and refusing new requests"),
@@ -314,6 +316,15 @@ absl::Status ValidateConfig(const ServerConfig& config) {
   if (config.unix_socket.size() > 107) {
     return absl::InvalidArgumentError(absl::StrCat(
         "option unix-socket has ", config.unix_socket.size(), " bytes; must have at most 107"));
+  }
+  if (config.region_socket.size() > 107) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "option region-socket has ", config.region_socket.size(), " bytes; must have at most 107"));
+  }
+  if (!config.region_socket.empty() && config.regions != "shm" && config.regions != "all") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("option region-socket is set; option regions is '", config.regions,
+                     "' and must be shm or all"));
   }
   if (config.backend != "auto" && config.backend != "cpu" && config.backend != "cuda") {
     return absl::InvalidArgumentError(

@@ -48,7 +48,10 @@ struct ServerConfig {
   int64_t tenant_session_bytes = 0;  // cap of one tenant's sessions, wherever; 0 = none
 
   std::string regions = "none";  // memory that clients may register: none, shm, cuda-ipc or all
-  int32_t max_regions = 256;     // registered at a time
+  int32_t max_regions = 256;     // registered at a time, and owners of regions
+  // Path of the side socket over which clients pass memory as descriptors, at most 107 bytes; empty
+  // = none.
+  std::string region_socket;
 
   absl::Duration drain_timeout = absl::Seconds(30);  // for requests in flight after SIGTERM
   absl::Duration pre_stop_delay;  // between "not serving" and refusing new requests; 0 s

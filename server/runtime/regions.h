@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory that clients share with the server on one host: POSIX shared memory and CUDA allocations
-// of other processes. Mapped (and pinned) once when registered, never per request; bounds are
-// checked against the real object. A region is used by whoever can name it and its generation,
-// which is random and returned only to who registered it.
+// Memory that clients share with the server on one host: shared memory, by name or as a descriptor
+// that was passed, and CUDA allocations of other processes. Mapped (and pinned) once when
+// registered, never per request; bounds are checked against the real object. A region is used by
+// whoever can name it and its generation, which is random and returned only to who registered it.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,8 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -23,6 +25,7 @@
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "server/pipeline/backend.h"
+#include "server/runtime/passed_files.h"
 
 namespace dynsplit {
 
@@ -62,6 +65,13 @@ class Region {
   const std::function<void()> unmap_;
 };
 
+// A place in a region, before it is looked up, or for others to look up.
+struct RegionName {
+  std::string name;
+  uint64_t generation = 0;
+  int64_t offset_bytes = 0;
+};
+
 // A part of a region in use by a request; keeps it mapped.
 struct RegionPart {
   std::shared_ptr<const Region> region;
@@ -76,6 +86,8 @@ class RegionStore {
     bool allow_cuda_ipc = false;
     int32_t max_regions = 256;
     int64_t max_bytes = int64_t{1} << 40;
+    int32_t max_owners = 256;
+    PassedFiles* files = nullptr;  // what memfds are taken from; null = none are
     std::function<absl::Time()> now = absl::Now;
   };
   struct Registration {
@@ -84,13 +96,18 @@ class RegionStore {
     bool writable = false;
     absl::Duration lease = absl::Seconds(600);
     std::string shm_key;      // POSIX shared memory, without '/'; or
+    std::string file_token;   // a memfd; or
     std::string ipc_handle;   // cudaIpcMemHandle_t
     std::string device_uuid;  // CUDA only
     int64_t offset_bytes = 0;
+    std::string owner;  // as Attach returned it; empty = by its lease alone
   };
+  enum class Kind : uint8_t { kPosixShm, kMemFd, kCudaIpc };
   struct Info {
     std::string name;
     uint64_t generation = 0;
+    Kind kind = Kind::kPosixShm;
+    bool owned = false;
     int64_t byte_size = 0;
     bool writable = false;
     absl::Duration lease_left;
@@ -104,8 +121,15 @@ class RegionStore {
   RegionStore(const RegionStore&) = delete;
   RegionStore& operator=(const RegionStore&) = delete;
 
-  // The same object under the same name again renews the lease. Field paths in errors are those of
-  // RegisterRegionRequest.
+  // A new owner's token: 16 random bytes. RESOURCE_EXHAUSTED beyond max_owners.
+  absl::StatusOr<std::string> Attach();
+  // Drops what the owner has: at once for who would look it up, unmapped with the last user.
+  // Returns it, as unmapping takes as long as memory is large: let it go where that may take a
+  // while.
+  std::vector<std::shared_ptr<const Region>> Detach(const std::string& owner);
+
+  // The same object of the same owner under the same name again renews the lease. NOT_FOUND for an
+  // owner that is gone. Field paths in errors are those of RegisterRegionRequest.
   absl::StatusOr<Info> Register(const Registration& registration);
   absl::Status Unregister(std::string_view name, uint64_t generation);  // 0 = any
   std::vector<Info> List() const;
@@ -127,8 +151,17 @@ class RegionStore {
     absl::Time expiry;
     std::shared_ptr<const Region> region;
   };
-  static absl::StatusOr<Identity> IdentityOf(const Registration& registration);
-  absl::StatusOr<std::shared_ptr<const Region>> MapShm(const Registration& registration);
+  static Kind KindOf(const Registration& registration);
+  static Info Describe(const Entry& entry, absl::Time now);
+  absl::Status CheckAllowed(const Registration& registration) const;
+  // Renews the entry of that name; nullopt where there is none.
+  absl::StatusOr<std::optional<Info>> Renew(const Registration& registration,
+                                            const Identity& identity)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Owner and quotas allow one more.
+  absl::Status CheckRoom(const Registration& registration) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  absl::StatusOr<std::shared_ptr<const Region>> Map(const Registration& registration);
+  absl::StatusOr<std::shared_ptr<const Region>> MapHost(const Registration& registration);
   absl::StatusOr<std::shared_ptr<const Region>> MapCuda(const Registration& registration);
   // One that works, where there is one.
   Backend& host_backend() const;
@@ -137,6 +170,7 @@ class RegionStore {
   const std::vector<Backend*> backends_;
   mutable absl::Mutex mu_;
   std::map<std::string, Entry, std::less<>> entries_ ABSL_GUARDED_BY(mu_);
+  std::set<std::string> owners_ ABSL_GUARDED_BY(mu_);
 };
 
 }  // namespace dynsplit

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "server/runtime/output_need.h"
 #include "server/runtime/trace.h"
 
 namespace dynsplit {
@@ -73,6 +74,11 @@ Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
       layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
     layers_[static_cast<size_t>(layer)].plan = PlanStage(spec_.tensors, layer);
+  }
+  if (WritesInPlace(spec_, executor_.backend().info().name != "cpu")) {
+    page_memory_ = [room = spec_.output.get()](int64_t size_bytes) {
+      return room->Take(size_bytes);
+    };
   }
   for (const RequestTensor& tensor : spec_.tensors) {
     switch (tensor.kind) {

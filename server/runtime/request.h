@@ -118,6 +118,8 @@ class Request : public std::enable_shared_from_this<Request> {
   bool global() const;
   bool stores() const { return stored_ != nullptr; }
   bool returns_layers() const;  // else only the sequence and the end come back
+  // Of results that operations write to their place; null = the backend's.
+  const PageMemory* page_memory() const { return page_memory_ ? &page_memory_ : nullptr; }
   // Everything is staged, checked and stored at once.
   bool together() const { return together_; }
   // Takes a place in flight for the layer if one is free.
@@ -200,6 +202,7 @@ class Request : public std::enable_shared_from_this<Request> {
   Session* const stored_;              // to be kept or appended to; null = nothing is
   const std::vector<int32_t> wanted_;  // layers to be worked on, ascending
   const bool together_;
+  PageMemory page_memory_;
   StagePlan sequence_plan_;
   Stage sequence_stage_;
 

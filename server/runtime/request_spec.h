@@ -15,6 +15,7 @@
 #include "server/pipeline/plan.h"
 #include "server/pipeline/segmentation.h"
 #include "server/pipeline/types.h"
+#include "server/runtime/output_room.h"
 #include "server/runtime/regions.h"
 #include "server/runtime/sessions.h"
 
@@ -98,6 +99,7 @@ struct RequestSpec {
   std::vector<std::string> layer_hashes;  // of plan, hex
   std::string plan_hash;                  // hex
   CalibrationOptions calibration;
+  std::shared_ptr<OutputRoom> output;  // kCompress, kApply, kFetch: of layers; null = the stream
 
   Backend* backend = nullptr;  // where it runs: its session's, its memory's, or any
   std::optional<SessionOpening> opening;
@@ -127,7 +129,7 @@ struct SessionSnapshot {
   int64_t num_restorations = 0;
 };
 
-// One tensor of a response, in host memory. `owner` keeps the bytes alive.
+// One tensor of a response: in host memory, which `owner` keeps alive, or in a region.
 struct ResultTensor {
   TensorKind kind = TensorKind::kKeptTokens;
   DType dtype = DType::kInt32;
@@ -135,7 +137,8 @@ struct ResultTensor {
   std::optional<ScaleGranularity> scale_granularity;
   const std::byte* data = nullptr;
   int64_t byte_size = 0;
-  std::shared_ptr<const void> owner;
+  std::shared_ptr<const void> owner = nullptr;
+  std::optional<RegionName> region = std::nullopt;  // then `data` and `owner` are null
 };
 
 struct SequenceOutput {

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
+#include "server/runtime/output_need.h"
 #include "server/runtime/request.h"
 #include "server/runtime/trace.h"
 
@@ -18,14 +19,6 @@ namespace {
 double SecondsSince(absl::Time start) { return absl::ToDoubleSeconds(absl::Now() - start); }
 
 std::string HexOrNone(std::string_view hex) { return hex.empty() ? "none" : std::string(hex); }
-
-// The sequence as it came: everything kept, as is. Its index is not wanted.
-SequenceSpec OriginalsSpec(SequenceSpec spec) {
-  spec.policy.transform = Transform::kEvict;
-  spec.policy.encoding = EncodingPolicy{};
-  spec.policy.positions = Positions::kOriginal;
-  return spec;
-}
 
 }  // namespace
 
@@ -211,6 +204,7 @@ absl::StatusOr<LayerTensors> Request::StageLayer(int32_t layer, Stage& stage, La
   if (!status.ok()) return status;
   pass.timer.Skip();
   LayerTensors tensors = LayerViews(spec_, layer, plan, stage, block_table_);
+  tensors.page_memory = page_memory();
   absl::StatusOr<FiniteCheck> finite = EnqueueFiniteCheck({&tensors, 1}, backend, stream);
   if (!finite.ok()) return finite.status();
   pass.finite = *std::move(finite);
@@ -339,8 +333,7 @@ absl::StatusOr<ComputedLayer> Request::Collect(LayerResult result, const LayerTe
   const int64_t num_kept = result.pages.num_kept;
   absl::StatusOr<ComputedLayer> output =
       spec_.shadow ? CollectOriginals(tensors, pass, backend)
-                   : CollectLayer(*context_, std::move(result.decision), std::move(result.pages),
-                                  backend, pass.timer);
+                   : CollectLayer(*context_, result, spec_.output.get(), backend, pass.timer);
   // The device may still write what `result` owns.
   if (!output.ok()) return ReasonOf(output.status(), pass);
   if (absl::Status verdict = pass.finite.Verdict(); !verdict.ok()) return verdict;
@@ -362,12 +355,15 @@ absl::StatusOr<ComputedLayer> Request::CollectOriginals(const LayerTensors& tens
   absl::StatusOr<LayerDecision> everything =
       KeepAll(context, tensors.layer, backend, pass.stream());
   if (!everything.ok()) return everything.status();
+  LayerResult originals;
+  originals.decision = *std::move(everything);
   pass.timer.Skip();
   absl::StatusOr<LayerPages> pages =
-      ApplyLayer(context, *everything, tensors, backend, pass.stream());
+      ApplyLayer(context, originals.decision, tensors, backend, pass.stream());
   if (!pages.ok()) return ReasonOf(pages.status(), pass);
+  originals.pages = *std::move(pages);
   pass.timer.End(LayerStage::kGather);
-  return CollectLayer(context, *std::move(everything), *std::move(pages), backend, pass.timer);
+  return CollectLayer(context, originals, spec_.output.get(), backend, pass.timer);
 }
 
 bool Request::KeepsAll(int32_t layer) const {

@@ -13,15 +13,9 @@
 #include <vector>
 
 #include "server/pipeline/backend.h"
+#include "server/runtime/regions.h"
 
 namespace dynsplit {
-
-// A place in a region, before it is looked up.
-struct RegionName {
-  std::string name;
-  uint64_t generation = 0;
-  int64_t offset_bytes = 0;
-};
 
 // Where the rows of the reuse pipeline go; see GatherRows.
 struct GatherSpec {

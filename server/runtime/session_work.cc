@@ -229,6 +229,7 @@ absl::StatusOr<ComputedLayer> Request::FetchOne(int32_t layer, const Stage& stag
   tensors.layer = layer;
   tensors.keys = session.sequence->Keys(layer, spec_.sequence.shape.num_tokens);
   tensors.values = session.sequence->Values(layer, spec_.sequence.shape.num_tokens);
+  tensors.page_memory = page_memory();
   // Has waited for the device when it returns, also after a failure.
   return FinishLayer(*std::move(decision), tensors, pass, backend);
 }

@@ -71,6 +71,12 @@ ServerConfig TestConfig() {
   return config;
 }
 
+std::vector<std::unique_ptr<Backend>> OneBackend(std::unique_ptr<Backend> backend) {
+  std::vector<std::unique_ptr<Backend>> backends;
+  backends.push_back(std::move(backend));
+  return backends;
+}
+
 TestServer::TestServer(ServerConfig config, std::vector<std::unique_ptr<Backend>> backends)
     : config_(std::move(config)) {
   SetLogLevel(LogLevel::kError);

@@ -35,6 +35,8 @@ bool Eventually(Condition condition) {
 // Small limits, two listeners.
 ServerConfig TestConfig();
 
+std::vector<std::unique_ptr<Backend>> OneBackend(std::unique_ptr<Backend> backend);
+
 class TestServer {
  public:
   // Without backends: one of the CPU, as the configuration says.

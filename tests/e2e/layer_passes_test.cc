@@ -35,7 +35,7 @@ class LayerPassesTest : public testing::Test {
  protected:
   LayerPassesTest()
       : server_(TestConfig(),
-                MakeLateBackend(CreateCpuBackend({.num_threads = 2}).value(), record_)),
+                OneBackend(MakeLateBackend(CreateCpuBackend({.num_threads = 2}).value(), record_))),
         stub_(v1::Compression::NewStub(server_.unix_channel())) {}
   ~LayerPassesTest() override {
     record_->set_on_synchronize(nullptr);
@@ -164,9 +164,9 @@ TEST(LayerMemoryTest, ShortageAtEveryAllocationFreesNothingEarly) {
     const auto record = std::make_shared<LateRecord>();
     TestServer server(
         TestConfig(),
-        MakeLateBackend(
+        OneBackend(MakeLateBackend(
             CreateCpuBackend({.num_threads = 1, .memory_limit_bytes = limit_bytes}).value(),
-            record));
+            record)));
     const auto stub = v1::Compression::NewStub(server.unix_channel());
     const Reply reply = Exchange(*stub, Call::kCompress, script);
     served = reply.status.ok();

@@ -122,5 +122,19 @@ TEST(ConfigTest, DevicesAreACountOrAList) {
   EXPECT_FALSE(ValidateConfig(config).ok());
 }
 
+TEST(ConfigTest, RegionSocketNeedsSharedMemory) {
+  ServerConfig config;
+  config.region_socket = "/run/regions.sock";
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
+  config.regions = "cuda-ipc";
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
+  for (const char* regions : {"shm", "all"}) {
+    config.regions = regions;
+    EXPECT_TRUE(ValidateConfig(config).ok()) << regions;
+  }
+  config.region_socket = std::string(108, 'p');
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
+}
+
 }  // namespace
 }  // namespace dynsplit
