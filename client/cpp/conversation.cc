@@ -12,10 +12,7 @@ namespace dynsplit {
 
 Conversation::Conversation(const CompressJob& job, Options options,
                            std::shared_ptr<const void> lease)
-    : job_(job),
-      options_(std::move(options)),
-      lease_(std::move(lease)),
-      assembler_(job, options_.max_result_bytes) {}
+    : job_(job), options_(std::move(options)), lease_(std::move(lease)) {}
 
 void Conversation::AddShard(const std::shared_ptr<grpc::Channel>& channel,
                             grpc::ClientContext& context) {
@@ -27,17 +24,18 @@ void Conversation::AddShard(const std::shared_ptr<grpc::Channel>& channel,
 }
 
 absl::StatusOr<CompressResult> Conversation::Run() {
+  assembler_.emplace(job_, options_.max_result_bytes);
   while (Shard* const shard = NextReadable()) Listen(*shard);
   if (status_.ok() && !call_status_.ok()) status_ = wire::ToAbsl(call_status_);
   if (status_.ok()) {
-    absl::StatusOr<CompressResult> result = assembler_.Finish();
+    absl::StatusOr<CompressResult> result = assembler_->Finish();
     if (result.ok()) {
       result->sent_bytes = sent_bytes();
       return result;
     }
     status_ = result.status();
   }
-  assembler_.SavePartial();
+  assembler_->SavePartial();
   return status_;
 }
 
@@ -81,7 +79,7 @@ void Conversation::Listen(Shard& shard) {
     return Fail(
         absl::InternalError(absl::StrCat("server broke the protocol: ", frame.status().message())));
   }
-  if (shards_.size() > 1 && !assembler_.Expects(*frame)) {
+  if (shards_.size() > 1 && !assembler_->Expects(*frame)) {
     shard.early = *std::move(frame);
     return;
   }
@@ -90,11 +88,11 @@ void Conversation::Listen(Shard& shard) {
 }
 
 void Conversation::Accept(const wire::Frame& frame) {
-  const bool was_accepted = assembler_.accepted();
-  absl::Status status = assembler_.Take(frame);
+  const bool was_accepted = assembler_->accepted();
+  absl::Status status = assembler_->Take(frame);
   if (!status.ok()) return Fail(std::move(status));
   if (!was_accepted) {
-    const int32_t limit = assembler_.result().accepted.max_chunk_bytes();
+    const int32_t limit = assembler_->result().accepted.max_chunk_bytes();
     const size_t chunk_bytes = limit > 0
                                    ? std::min(options_.chunk_bytes, static_cast<size_t>(limit))
                                    : options_.chunk_bytes;
@@ -105,7 +103,7 @@ void Conversation::Accept(const wire::Frame& frame) {
   }
   if (job_.on_progress) {
     job_.on_progress({sent_bytes(), shards_.front()->frames.total_bytes(),
-                      assembler_.result().received_bytes, assembler_.num_layers()});
+                      assembler_->result().received_bytes, assembler_->num_layers()});
   }
 }
 
@@ -113,7 +111,7 @@ void Conversation::TakeEarly() {
   for (bool taken = true; taken && status_.ok();) {
     taken = false;
     for (const std::unique_ptr<Shard>& shard : shards_) {
-      if (!shard->early.has_value() || !assembler_.Expects(*shard->early)) continue;
+      if (!shard->early.has_value() || !assembler_->Expects(*shard->early)) continue;
       Accept(*std::exchange(shard->early, std::nullopt));
       taken = true;
       if (!status_.ok()) return;

@@ -71,7 +71,8 @@ class Conversation {
   const std::shared_ptr<const void> lease_;
   absl::Mutex read_mu_;
   std::vector<std::unique_ptr<Shard>> shards_;
-  ResultAssembler assembler_;
+  // From Run on: it takes over job.partial, which the begin of shard 0 is made from.
+  std::optional<ResultAssembler> assembler_;
   absl::Status status_;       // of what was received
   grpc::Status call_status_;  // first that is not OK
   size_t next_ = 0;           // shard to look at first: none is left waiting
