@@ -116,6 +116,8 @@ class Bench {
       : directory_(std::move(directory)),
         raw_port_(FreePort()),
         raw_({self, "raw", absl::StrCat(raw_port_), directory_ + "/raw"}),
+        raw_tcp_(raw_port_, ""),
+        raw_unix_(0, directory_ + "/raw"),
         port_(FreePort()),
         server_({server, "--backend", "cpu", "--listen", absl::StrCat("127.0.0.1:", port_),
                  "--unix-socket", directory_ + "/server", "--metrics-listen", "", "--log-level",
@@ -155,6 +157,8 @@ class Bench {
   const std::string directory_;
   const int raw_port_;
   Child raw_;
+  RawConnection raw_tcp_;  // each end keeps its place between rounds
+  RawConnection raw_unix_;
   const int port_;
   Child server_;
   const int naive_port_;
@@ -177,8 +181,6 @@ void Bench::Measure(const std::string& name, const Child& peer, const std::funct
 }
 
 void Bench::Round() {
-  RawConnection tcp(raw_port_, "");
-  RawConnection local(0, directory_ + "/raw");
   const auto upload = [&](bool over_tcp, int streams) {
     Client& client = ClientOf(over_tcp, streams);
     Measure(absl::StrCat("upload/", over_tcp ? "tcp/" : "unix/", streams), server_,
@@ -191,13 +193,13 @@ void Bench::Round() {
     Measure(absl::StrCat("download/tcp/", streams), server_,
             [&] { OrDie(client.FetchSession(job)); });
   };
-  Measure("raw/tcp", raw_, [&] { tcp.Upload(source_.data(), kBytes); });
+  Measure("raw/tcp", raw_, [&] { raw_tcp_.Upload(source_.data(), kBytes); });
   Measure("memcpy", raw_, [&] { std::memcpy(place_.data(), source_.data(), kBytes); });
   const int64_t faults = server_.MinorFaults();
   upload(true, 1);
   faults_.push_back(static_cast<double>(server_.MinorFaults() - faults) / (kBytes / kGiB));
   upload(true, 2);
-  Measure("raw/unix", raw_, [&] { local.Upload(source_.data(), kBytes); });
+  Measure("raw/unix", raw_, [&] { raw_unix_.Upload(source_.data(), kBytes); });
   upload(false, 1);
   upload(false, 2);
   upload(true, 4);
@@ -249,12 +251,11 @@ void Bench::ReportRoads() {
 
 // Unary calls over the unix socket, alone and beside an upload.
 void Bench::Control() {
-  RawConnection local(0, directory_ + "/raw");
   Client& client = ClientOf(false, 1);
   std::vector<double> raw;
   std::vector<double> idle;
   for (int i = 0; i < kPings; ++i) {
-    raw.push_back(1e6 * Seconds([&] { local.Ping(); }));
+    raw.push_back(1e6 * Seconds([&] { raw_unix_.Ping(); }));
     idle.push_back(1e6 * Seconds([&] { OrDie(client.GetServerInfo()); }));
   }
   std::atomic<bool> over = false;

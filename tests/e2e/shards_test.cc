@@ -98,6 +98,7 @@ TEST_F(ShardsTest, SessionsOpenAppendAndFetch) {
   Script script = LargeScript();
   Erase(script, v1::TENSOR_KIND_QUERIES);
   script.begin.clear_policy();
+  script.begin.mutable_session()->set_reserve_tokens(16384);
   const std::unique_ptr<Client> client = Connect(4);
   const absl::StatusOr<CompressResult> opened = client->OpenSession(JobOf(script));
   ASSERT_TRUE(opened.ok()) << opened.status();
@@ -110,7 +111,7 @@ TEST_F(ShardsTest, SessionsOpenAppendAndFetch) {
   more.begin.mutable_target()->set_position(8192);
   const absl::StatusOr<CompressResult> appended = client->AppendSession(JobOf(more));
   ASSERT_TRUE(appended.ok()) << appended.status();
-  EXPECT_EQ(appended->end.session().num_tokens(), 16384);
+  EXPECT_EQ(appended->end.session().shape().num_tokens(), 16384);
 
   CompressJob fetch;
   fetch.begin.mutable_target()->set_session_id(id);
@@ -354,7 +355,7 @@ INSTANTIATE_TEST_SUITE_P(
                                  request.Raw(1, end);
                                  request.Write(1, script.tensors[1]);
                                }}),
-    [](const auto& info) { return std::string(info.param.name); });
+    [](const auto& each) { return std::string(each.param.name); });
 
 // Who joins wrongly is refused alone.
 TEST_F(ShardsByHandTest, WrongJoinersAreRefusedAlone) {
