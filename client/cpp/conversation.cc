@@ -47,7 +47,6 @@ Conversation::Shard* Conversation::NextReadable() {
       Shard& shard = *shards_[(next_ + i) % shards_.size()];
       if (shard.closed || shard.early.has_value()) continue;
       any_open = true;
-      read_mu_.AssertReaderHeld();
       if (!shard.call->readable()) continue;
       found = &shard;
       next_ = (next_ + i + 1) % shards_.size();

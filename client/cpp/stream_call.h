@@ -27,8 +27,11 @@ class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   StreamCall(grpc::GenericStub& stub, grpc::ClientContext& context, const std::string& method,
              const grpc::ByteBuffer& begin, RequestFrames& frames, absl::Mutex& read_mu);
 
-  // Read would not wait.
-  bool readable() const ABSL_SHARED_LOCKS_REQUIRED(read_mu_) { return read_done_; }
+  // Read would not wait. Requires that read_mu is held.
+  bool readable() const {
+    read_mu_.AssertReaderHeld();
+    return read_done_;
+  }
   // Waits for the next message; false when no more will come.
   bool Read(grpc::ByteBuffer& message) ABSL_LOCKS_EXCLUDED(read_mu_);
   // Sends the frames, then half-closes. At most once.

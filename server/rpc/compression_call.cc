@@ -45,6 +45,9 @@ const char* RejectionReason(const absl::Status& status, bool waited_out) {
   return waited_out ? "queue_timeout" : "queue_full";
 }
 
+// Between a stream's end and word that it was cancelled.
+constexpr absl::Duration kCancelGrace = absl::Milliseconds(100);
+
 // What goes on with something that exists is let finish.
 bool StartsWork(Method method) { return method != Method::kAppend && method != Method::kFetch; }
 
@@ -119,12 +122,18 @@ void CompressionCall::OnMalformed(int32_t /*shard*/, absl::Status status) {
 }
 
 void CompressionCall::OnHalfClosed(int32_t shard) {
-  // After End that is as it should be; a cancelled call is settled by OnCancelled.
   {
     absl::MutexLock lock(&mu_);
-    if (shards_[static_cast<size_t>(shard)].ended) return;
+    if (shards_[static_cast<size_t>(shard)].ended) return;  // as it should be
+    if (std::exchange(closed_early_, true)) return;
   }
-  Fail(InvalidField("end", "is missing; the stream closed before it"));
+  // A cancelled stream looks closed a moment before OnCancelled says why.
+  close_alarm_.Set(absl::ToChronoTime(absl::Now() + kCancelGrace),
+                   [weak = weak_from_this()](bool expired) {
+                     const auto self = expired ? weak.lock() : nullptr;
+                     if (self == nullptr) return;
+                     self->Fail(InvalidField("end", "is missing; the stream closed before it"));
+                   });
 }
 
 absl::StatusOr<FrameStream::Handled> CompressionCall::HandleFrame(int32_t shard,

@@ -136,7 +136,10 @@ class CompressionCall final : public ResultSink,
   std::optional<absl::Status> settled_ ABSL_GUARDED_BY(mu_);
   std::string published_ ABSL_GUARDED_BY(mu_);  // session that the end tells of
 
+  bool closed_early_ ABSL_GUARDED_BY(mu_) = false;  // a stream, before its end message
+
   grpc::Alarm join_alarm_;
+  grpc::Alarm close_alarm_;
 };
 
 }  // namespace dynsplit::rpc

@@ -170,7 +170,8 @@ class Bench {
   std::string session_;
   std::map<std::pair<bool, int>, std::unique_ptr<Client>> clients_;
   std::map<std::string, Samples> samples_;
-  std::vector<double> faults_;  // of the server, a GiB
+  std::vector<double> faults_;         // of the server, per GiB of upload
+  std::vector<double> client_faults_;  // of this process, per GiB of download
 };
 
 void Bench::Measure(const std::string& name, const Child& peer, const std::function<void()>& work) {
@@ -206,7 +207,9 @@ void Bench::Round() {
   upload(true, 8);
   upload(false, 4);
   upload(false, 8);
+  const int64_t own_faults = OwnMinorFaults();
   download(1);
+  client_faults_.push_back(static_cast<double>(OwnMinorFaults() - own_faults) / (kBytes / kGiB));
   download(4);
   samples_["naive"].seconds.push_back(naive_client_.Ask("upload"));
 }
@@ -240,13 +243,17 @@ void Bench::ReportRoads() {
                    1 / samples_["raw/tcp"].Rate(), "peer >= 2.3");
   naive.peer = 1 / samples_["naive"].Rate();
   Report(naive);
-  Report({.name = "transport/upload/server faults",
-          .value = Median(faults_),
-          .unit = "1/GiB",
-          .ceiling = std::nullopt,
-          .share = std::nullopt,
-          .target = "value <= 1000",
-          .peer = std::nullopt});
+  const auto faults = [](const std::string& name, const std::vector<double>& per_gib) {
+    Report({.name = name,
+            .value = Median(per_gib),
+            .unit = "1/GiB",
+            .ceiling = std::nullopt,
+            .share = std::nullopt,
+            .target = "value <= 1000",
+            .peer = std::nullopt});
+  };
+  faults("transport/upload/server faults", faults_);
+  faults("transport/download/client faults", client_faults_);
 }
 
 // Unary calls over the unix socket, alone and beside an upload.
@@ -318,6 +325,7 @@ void Bench::Run(int rounds) {
   Round();  // warms all pages and connections
   samples_.clear();
   faults_.clear();
+  client_faults_.clear();
   for (int i = 0; i < rounds; ++i) Round();
   ReportRoads();
   Control();

@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <spawn.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -195,6 +196,12 @@ double Child::Ask(const std::string& line) {
   std::string answer;
   for (char c = 0; read(from_, &c, 1) == 1 && c != '\n';) answer += c;
   return std::atof(answer.c_str());
+}
+
+int64_t OwnMinorFaults() {
+  rusage usage = {};
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_minflt;
 }
 
 double OwnCpuSeconds() { return SecondsOf(CLOCK_PROCESS_CPUTIME_ID); }

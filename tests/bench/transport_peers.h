@@ -34,8 +34,9 @@ class Child {
   int from_ = -1;
 };
 
-// CPU time of this process, all threads.
+// Of this process, all threads.
 double OwnCpuSeconds();
+int64_t OwnMinorFaults();
 // A TCP port of the loopback interface that was free a moment ago.
 int FreePort();
 
