@@ -175,11 +175,15 @@ absl::StatusOr<CompressResult> Client::Run(const std::string& method, const Comp
          .chunk_bytes = options_.chunk_bytes,
          .max_result_bytes = options_.max_result_bytes},
         guard.MakeLease(job.owner));
+    // Side by side, whatever other calls take meanwhile.
+    const uint32_t first_channel =
+        next_channel_.fetch_add(static_cast<uint32_t>(num_shards), std::memory_order_relaxed);
     for (int32_t i = 0; i < num_shards; ++i) {
       grpc::ClientContext& context =
           *contexts.emplace_back(std::make_unique<grpc::ClientContext>());
       Prepare(context, start + job.timeout.value_or(options_.timeout));
-      conversation.AddShard(NextChannel(), context);
+      conversation.AddShard(
+          channels_[(first_channel + static_cast<uint32_t>(i)) % channels_.size()], context);
       if (job.cancellation != nullptr) job.cancellation->Attach(&context);
     }
     result = conversation.Run();

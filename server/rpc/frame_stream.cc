@@ -46,7 +46,7 @@ void FrameStream::OnRead(bool ok) {
     absl::MutexLock lock(&mu_);
     reading_ = false;
     if (ok) {
-      received_ = std::exchange(incoming_, {});
+      received_.emplace().Swap(&incoming_);
     } else {
       half_closed_ = true;
     }
@@ -63,7 +63,8 @@ void FrameStream::ReadAhead() {
 
 bool FrameStream::TakeReceived(grpc::ByteBuffer& received) {
   if (finish_.has_value() || !received_.has_value()) return false;
-  received = *std::exchange(received_, std::nullopt);
+  received.Swap(&*received_);
+  received_.reset();
   ReadAhead();
   return true;
 }

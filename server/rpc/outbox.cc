@@ -25,7 +25,7 @@ Outgoing::Outgoing(const ResultTensor& tensor, uint32_t id, int64_t offset, int3
 grpc::ByteBuffer Outgoing::Next() {
   if (data_ == nullptr) {
     exhausted_ = true;
-    return std::move(message_);
+    return message_;
   }
   const auto size = static_cast<size_t>(std::min(max_chunk_bytes_, byte_size_ - offset_));
   const std::byte* data = data_ + offset_;

@@ -17,7 +17,7 @@ namespace dynsplit::rpc {
 // A control message, or one tensor as chunks. Move-only. Not thread-safe.
 class Outgoing {
  public:
-  explicit Outgoing(grpc::ByteBuffer message) : message_(std::move(message)) {}
+  explicit Outgoing(const grpc::ByteBuffer& message) : message_(message) {}
   // The tensor's bytes from `offset` on. Reads those before it, for the checksum of the whole.
   Outgoing(const ResultTensor& tensor, uint32_t id, int64_t offset, int32_t max_chunk_bytes);
   Outgoing(Outgoing&&) = default;
