@@ -117,9 +117,7 @@ FrameStream::Handled CompressionCall::OnFrame(int32_t shard, const wire::Frame& 
   return Handled::kDone;
 }
 
-void CompressionCall::OnMalformed(int32_t /*shard*/, absl::Status status) {
-  Fail(std::move(status));
-}
+void CompressionCall::OnMalformed(int32_t /*shard*/, absl::Status status) { Fail(status); }
 
 void CompressionCall::OnHalfClosed(int32_t shard) {
   {
@@ -249,7 +247,7 @@ void CompressionCall::HandOver(CompressionCall& first) {
     }
   }
   join_alarm_.Cancel();
-  if (!status.ok()) Fail(std::move(status));
+  if (!status.ok()) Fail(status);
 }
 
 absl::Status CompressionCall::Adopt(const std::shared_ptr<FrameStream>& stream, int32_t shard,
@@ -459,7 +457,7 @@ void CompressionCall::OnEnd(EndOutput output) {
   MaybeEnd();
 }
 
-void CompressionCall::OnError(absl::Status status) { Fail(std::move(status)); }
+void CompressionCall::OnError(absl::Status status) { Fail(status); }
 
 void CompressionCall::Enqueue(std::vector<Outgoing> messages) {
   std::vector<std::shared_ptr<FrameStream>> streams;
@@ -513,7 +511,7 @@ std::vector<std::shared_ptr<FrameStream>> CompressionCall::Streams() {
   return streams;
 }
 
-bool CompressionCall::Settle(absl::Status status) {
+bool CompressionCall::Settle(const absl::Status& status) {
   std::shared_ptr<Request> request;
   std::vector<std::shared_ptr<FrameStream>> streams;
   std::optional<RequestSpec> joining;
@@ -547,8 +545,8 @@ bool CompressionCall::Settle(absl::Status status) {
   return true;
 }
 
-void CompressionCall::Fail(absl::Status status, const char* rejection) {
-  if (Settle(std::move(status)) && rejection != nullptr) services_.metrics.Rejected(rejection);
+void CompressionCall::Fail(const absl::Status& status, const char* rejection) {
+  if (Settle(status) && rejection != nullptr) services_.metrics.Rejected(rejection);
 }
 
 void CompressionCall::OnCancelled(int32_t shard, bool late) {

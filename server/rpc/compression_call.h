@@ -97,9 +97,9 @@ class CompressionCall final : public ResultSink,
   void MaybeEnd() ABSL_LOCKS_EXCLUDED(mu_);
   std::vector<std::shared_ptr<FrameStream>> Streams() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // `rejection` is the reason when the request is turned away before any work.
-  void Fail(absl::Status status, const char* rejection = nullptr) ABSL_LOCKS_EXCLUDED(mu_);
+  void Fail(const absl::Status& status, const char* rejection = nullptr) ABSL_LOCKS_EXCLUDED(mu_);
   // Ends all streams with `status`. False if their end is settled already.
-  bool Settle(absl::Status status) ABSL_LOCKS_EXCLUDED(mu_);
+  bool Settle(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
   grpc::ByteBuffer EncodeEnd() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RecordResult(const v1::CompressEnd& end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RecordFinish(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
