@@ -82,6 +82,10 @@ absl::Status ResultAssembler::Take(const wire::Frame& frame) {
   return frame.is_chunk() ? TakeChunk(frame) : TakeControl(frame);
 }
 
+bool ResultAssembler::Expects(const wire::Frame& frame) const {
+  return frame.is_chunk() ? open_.contains(frame.header().tensor) : open_.empty();
+}
+
 absl::Status ResultAssembler::TakeControl(const wire::Frame& frame) {
   v1::CompressResponse response;
   if (absl::Status status = frame.ParseControl(&response); !status.ok()) {

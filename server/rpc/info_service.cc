@@ -66,7 +66,7 @@ void FillCapabilities(const ServerConfig& config, const BackendInfo& backend,
   if (has_device && (config.regions == "cuda-ipc" || config.regions == "all")) {
     capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_CUDA_IPC);
   }
-  capabilities.set_max_shards(1);
+  capabilities.set_max_shards(kMaxShards);
   capabilities.set_sessions(true);
 }
 

@@ -9,6 +9,7 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "server/rpc/shard_table.h"
 #include "server/runtime/config.h"
 #include "server/runtime/devices.h"
 #include "server/runtime/metrics.h"
@@ -31,6 +32,8 @@ struct Services {
   std::atomic<int64_t> num_streams = 0;    // compression streams open
   std::atomic<bool> draining = false;      // new requests are refused
   std::atomic<uint64_t> next_request = 1;  // names requests that do not name themselves
+
+  ShardTable shards{};  // requests that streams may join
 
   std::atomic<int> port = 0;  // TCP, once it is bound
 

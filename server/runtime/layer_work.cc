@@ -410,19 +410,19 @@ ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vecto
 }
 
 absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerResult& result,
-                                            OutputRoom* room, Backend& backend, StageTimer& timer) {
+                                           OutputRoom* room, Backend& backend, StageTimer& timer) {
   LayerDecision& decision = result.decision;
   ComputedLayer output;
   output.num_pages = result.pages.num_pages;
   Collector collect(backend, timer.stream(), room, output);
   const int64_t num_kept = decision.plan.groups * decision.plan.num_kept;
-  absl::Status status = collect.AddHost(
-      {.kind = TensorKind::kKeptTokens,
-       .dtype = DType::kInt32,
-       .shape = {decision.plan.groups, decision.plan.num_kept},
-       .scale_granularity = std::nullopt,
-       .byte_size = num_kept * static_cast<int64_t>(sizeof(int32_t))},
-      Buffer(decision.kept.data(), decision.kept.size_bytes(), nullptr));
+  absl::Status status =
+      collect.AddHost({.kind = TensorKind::kKeptTokens,
+                       .dtype = DType::kInt32,
+                       .shape = {decision.plan.groups, decision.plan.num_kept},
+                       .scale_granularity = std::nullopt,
+                       .byte_size = num_kept * static_cast<int64_t>(sizeof(int32_t))},
+                      Buffer(decision.kept.data(), decision.kept.size_bytes(), nullptr));
   if (status.ok() && output.num_pages > 0) {
     status = collect.AddPageTable(output.num_pages);
     if (status.ok()) status = CollectPages(context, result.pages, collect);

@@ -70,7 +70,8 @@ Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
       together_(StoresTogether(spec_)),
       sequence_plan_(PlanStage(spec_.tensors,
                                together_ ? StagePlan::kEverything : RequestTensor::kWholeSequence)),
-      inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers),
+      inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers,
+             spec_.num_shards),
       layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
     layers_[static_cast<size_t>(layer)].plan = PlanStage(spec_.tensors, layer);
@@ -112,6 +113,10 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
   if (stopped()) return absl::CancelledError("the request has ended");
   absl::StatusOr<size_t> index = inbox_.Check(chunk);
   if (!index.ok()) return index.status();
+  if (inbox_.Early(*index)) {
+    waiting_for_layer_ = true;
+    return ChunkPlace{};
+  }
   first_chunk_ = std::min(first_chunk_, absl::Now());
   const int32_t layer = spec_.tensors[*index].layer;
   const StagePlan* plan = &sequence_plan_;
@@ -131,6 +136,7 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
       state.receiving_since = Stream::Clock::now();
     }
   }
+  inbox_.Claim(*index, chunk);
   const auto slot = static_cast<size_t>(
       std::find(plan->tensors.begin(), plan->tensors.end(), *index) - plan->tensors.begin());
   return ChunkPlace{.data = stage->host->data() + plan->offset_bytes[slot] + chunk.offset,
@@ -139,26 +145,37 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
 }
 
 void Request::Commit(const ChunkPlace& place, const Chunk& chunk) {
-  absl::MutexLock lock(&mu_);
-  if (stopped()) return;
-  inbox_.Add(place.tensor_index, chunk);
-  if (inbox_.all_complete()) {
-    end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
-  }
-  const int32_t layer = spec_.tensors[place.tensor_index].layer;
-  if (Tracing() && chunk.last && layer != RequestTensor::kWholeSequence && !together() &&
-      inbox_.layer_complete(layer)) {
-    const TraceSpan span = {"receive", layers_[static_cast<size_t>(layer)].receiving_since,
-                            Stream::Clock::now()};
-    Trace(spec_.request_id, layer, {&span, 1});
-  }
-  if (chunk.last) Launch();
-}
-
-absl::Status Request::End(int64_t num_tensors) {
+  bool layer_passed = false;
   {
     absl::MutexLock lock(&mu_);
-    if (absl::Status status = inbox_.CheckEnd(num_tensors); !status.ok()) return status;
+    if (stopped()) return;
+    inbox_.Add(place.tensor_index, chunk);
+    if (inbox_.all_complete()) {
+      end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
+    }
+    if (!chunk.last) return;
+    TraceReceipt(spec_.tensors[place.tensor_index].layer);
+    Launch();
+    layer_passed = std::exchange(waiting_for_layer_, false);
+  }
+  if (layer_passed) sink_->OnRoom();
+}
+
+void Request::TraceReceipt(int32_t layer) {
+  if (!Tracing() || layer == RequestTensor::kWholeSequence || together() ||
+      !inbox_.layer_complete(layer)) {
+    return;
+  }
+  const TraceSpan span = {"receive", layers_[static_cast<size_t>(layer)].receiving_since,
+                          Stream::Clock::now()};
+  Trace(spec_.request_id, layer, {&span, 1});
+}
+
+absl::Status Request::End(int32_t shard, int64_t num_tensors) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status status = inbox_.End(shard, num_tensors); !status.ok()) return status;
+    if (!inbox_.all_ended()) return absl::OkStatus();
     ended_ = true;
     Launch();
   }

@@ -14,8 +14,8 @@
 // committed by one job after the last; where all of it is small, one job does the three. Nothing
 // stays of a request that does not come to its end.
 //
-// Threads. Place, Commit and End are called by one reader at a time; LayerSent and Cancel by
-// anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
+// Threads. Place, Commit and End are called by one reader a shard at a time; LayerSent and Cancel
+// by anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
 // held; results one call at a time, OnError and OnRoom at any time.
 #pragma once
 
@@ -70,7 +70,7 @@ class Request : public std::enable_shared_from_this<Request> {
   ~Request();
 
   // Where the bytes of a chunk go. `owner` keeps the place valid even if the request is cancelled
-  // meanwhile. No room: data is null, OnRoom will be called.
+  // meanwhile. No room, or early: data is null, OnRoom will be called.
   struct ChunkPlace {
     std::byte* data = nullptr;
     std::shared_ptr<Buffer> owner;
@@ -79,8 +79,8 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::StatusOr<ChunkPlace> Place(const Chunk& chunk);
   // The chunk's bytes are in their place.
   void Commit(const ChunkPlace& place, const Chunk& chunk);
-  // The client has sent everything it announced.
-  absl::Status End(int64_t num_tensors);
+  // The client has sent what it had for the shard.
+  absl::Status End(int32_t shard, int64_t num_tensors);
 
   // The results of one layer have left; their memory is free.
   void LayerSent();
@@ -125,6 +125,8 @@ class Request : public std::enable_shared_from_this<Request> {
   // Takes a place in flight for the layer if one is free.
   bool TryCount(LayerState& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Starts what can start: preparation, layers, the global decision.
+  // Writes the span of a layer that is complete now.
+  void TraceReceipt(int32_t layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Launch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LaunchLayers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Submit(Work work) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -228,6 +230,7 @@ class Request : public std::enable_shared_from_this<Request> {
   std::vector<LayerState> layers_ ABSL_GUARDED_BY(mu_);
   int32_t num_counted_ ABSL_GUARDED_BY(mu_) = 0;
   bool waiting_for_room_ ABSL_GUARDED_BY(mu_) = false;
+  bool waiting_for_layer_ ABSL_GUARDED_BY(mu_) = false;  // another to be the lowest incomplete
   enum class Phase : uint8_t {
     kReceiving,
     kPreparing,

@@ -92,6 +92,7 @@ struct RequestSpec {
   std::vector<RequestTensor> tensors;
   int32_t max_open_layers = 2;
   int32_t max_chunk_bytes = 2 << 20;  // in the response
+  int32_t num_shards = 1;             // streams that it comes as
   bool shadow = false;
   std::shared_ptr<const DelimiterProfile> profile;
   // kApply: what to execute; layers without their kept tokens, which arrive as tensors.

@@ -71,7 +71,7 @@ struct StepResult {
 
 struct SelectResult {
   std::vector<StepResult> steps;
-  double device_seconds = 0;  // from the first launch to the last result
+  double device_seconds = 0;                          // from the first launch to the last result
   std::vector<std::shared_ptr<const Buffer>> memory;  // shared with other answers
 };
 
