@@ -102,7 +102,7 @@ class OwnerReactor final : public grpc::ServerBidiReactor<v1::AttachRequest, v1:
     Log(LogLevel::kInfo, "region owner detached",
         {{"regions", static_cast<int64_t>(dropped.size())}});
     // Unmapped elsewhere: this is gRPC's thread.
-    services_.executor.Submit(
+    services_.devices.Place().executor().Submit(
         [dropped = std::move(dropped)](Backend&, Stream&) mutable { dropped.clear(); });
     return true;
   }

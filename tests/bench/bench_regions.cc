@@ -37,6 +37,7 @@
 #include "server/rpc/policy_adapter.h"
 #include "server/runtime/profiles.h"
 #include "tests/bench/report.h"
+#include "tests/oracle/wrapped_backend.h"
 
 namespace dynsplit::bench {
 namespace {
@@ -240,110 +241,35 @@ double HostCopyRate() {
 // Forwards to a backend and adds up what its operations take: each runs several times in a row, so
 // that launching and waiting count for little. Results stay as after one run: none accumulates
 // here.
-class TimedBackend final : public Backend {
+class TimedBackend final : public WrappedBackend {
  public:
-  TimedBackend(Backend& inner, int runs) : inner_(inner), runs_(runs) {}
+  TimedBackend(Backend& inner, int runs) : WrappedBackend(inner), runs_(runs) {}
 
-  const std::map<std::string, double>& seconds() const { return seconds_; }
+  const std::map<std::string, double, std::less<>>& seconds() const { return seconds_; }
 
-  const BackendInfo& info() const override { return inner_.info(); }
-  absl::Status Healthy() const override { return inner_.Healthy(); }
-  absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override { return inner_.CreateStream(); }
-  absl::StatusOr<Buffer> Allocate(int64_t size, Stream& stream) override {
-    return inner_.Allocate(size, stream);
-  }
-  absl::StatusOr<Buffer> AllocateHost(int64_t size) override { return inner_.AllocateHost(size); }
-  absl::StatusOr<Buffer> ToDevice(const Buffer& host, Stream& stream) override {
-    return inner_.ToDevice(host, stream);
-  }
-  absl::StatusOr<Buffer> ToHost(Buffer device, Stream& stream) override {
-    return inner_.ToHost(std::move(device), stream);
-  }
-  absl::StatusOr<Buffer> AllocateResident(int64_t size, Residence residence) override {
-    return inner_.AllocateResident(size, residence);
-  }
-  absl::StatusOr<std::string> ExportHandle(const Buffer& buffer) override {
-    return inner_.ExportHandle(buffer);
-  }
-  absl::StatusOr<Buffer> ImportHandle(std::string_view handle, int64_t offset,
-                                      int64_t size) override {
-    return inner_.ImportHandle(handle, offset, size);
-  }
-  absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size) override {
-    return inner_.RegisterHost(data, size);
-  }
-  absl::Status Copy(std::byte* to, const std::byte* from, int64_t size, Stream& stream) override {
-    return inner_.Copy(to, from, size, stream);
-  }
-  int64_t device_bytes_in_use() const override { return inner_.device_bytes_in_use(); }
-  int64_t host_bytes_in_use() const override { return inner_.host_bytes_in_use(); }
-
-  absl::Status ScoreWindow(const ScoreWindowParams& params, Stream& stream) override {
-    return Run("score_window", &Backend::ScoreWindow, params, stream);
-  }
-  absl::Status ScoreKeys(const ScoreKeysParams& params, Stream& stream) override {
-    return Run("score_keys", &Backend::ScoreKeys, params, stream);
-  }
   absl::Status ReduceRows(const ReduceRowsParams& params, Stream& stream) override {
     if (params.accumulate) Fail("ReduceRows accumulates: it cannot be run twice");
-    return Run("reduce_rows", &Backend::ReduceRows, params, stream);
-  }
-  absl::Status ReduceBlocks(const ReduceBlocksParams& params, Stream& stream) override {
-    return Run("reduce_blocks", &Backend::ReduceBlocks, params, stream);
-  }
-  absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, Stream& stream) override {
-    return Run("summarize_blocks", &Backend::SummarizeBlocks, params, stream);
-  }
-  absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) override {
-    return Run("score_blocks", &Backend::ScoreBlocks, params, stream);
-  }
-  absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) override {
-    return Run("select_tokens", &Backend::SelectTokens, params, stream);
-  }
-  absl::Status GatherPages(const GatherPagesParams& params, Stream& stream) override {
-    return Run("gather_pages", &Backend::GatherPages, params, stream);
-  }
-  absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& stream) override {
-    return Run("measure_attention", &Backend::MeasureAttention, params, stream);
-  }
-  absl::Status MeasureSpans(const MeasureSpansParams& params, Stream& stream) override {
-    return Run("measure_spans", &Backend::MeasureSpans, params, stream);
-  }
-  absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) override {
-    return Run("check_finite", &Backend::CheckFinite, params, stream);
-  }
-  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) override {
-    return Run("segment_tokens", &Backend::SegmentTokens, params, stream);
-  }
-  absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) override {
-    return Run("select_blocks", &Backend::SelectBlocks, params, stream);
-  }
-  absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) override {
-    return Run("attend_tokens", &Backend::AttendTokens, params, stream);
+    return WrappedBackend::ReduceRows(params, stream);
   }
   absl::Status RefreshRows(const RefreshRowsParams& /*params*/, Stream& /*stream*/) override {
     return absl::UnimplementedError("RefreshRows changes its input: it cannot be run twice");
   }
 
  private:
-  template <typename Params>
-  absl::Status Run(const char* name, absl::Status (Backend::*operation)(const Params&, Stream&),
-                   const Params& params, Stream& stream) {
-    absl::Status status = (inner_.*operation)(params, stream);
+  absl::Status Run(std::string_view operation, Stream& stream,
+                   absl::FunctionRef<absl::Status(Stream&)> run) override {
+    absl::Status status = run(stream);
     status.Update(stream.Synchronize());
     const double seconds = Seconds([&] {
-      for (int run = 0; run < runs_ && status.ok(); ++run) {
-        status = (inner_.*operation)(params, stream);
-      }
+      for (int i = 0; i < runs_ && status.ok(); ++i) status = run(stream);
       status.Update(stream.Synchronize());
     });
-    seconds_[name] += seconds / runs_;
+    seconds_[std::string(operation)] += seconds / runs_;
     return status;
   }
 
-  Backend& inner_;
   const int runs_;
-  std::map<std::string, double> seconds_;
+  std::map<std::string, double, std::less<>> seconds_;
 };
 
 // ---- requests -----------------------------------------------------------------------------------

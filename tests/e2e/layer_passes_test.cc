@@ -261,7 +261,7 @@ TEST(TraceTest, AFileThatCannotBeOpenedIsRefused) {
   config.unix_socket = "/tmp/dynsplit-trace-refused.sock";
   config.trace = "/nonexistent/trace.jsonl";
   const auto server =
-      rpc::Server::Start(config, CreateCpuBackend({.num_threads = 1}).value(), "test");
+      rpc::Server::Start(config, OneBackend(CreateCpuBackend({.num_threads = 1}).value()), "test");
   ASSERT_FALSE(server.ok());
   EXPECT_TRUE(absl::StrContains(server.status().message(), "option trace is '/nonexistent/"))
       << server.status();

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/oracle/late_backend.h"
 
+#include "tests/oracle/wrapped_backend.h"
+
 #include <cstring>
 #include <functional>
 #include <string>
@@ -84,26 +86,24 @@ Stream& Inner(Stream& stream) { return Late(stream).inner(); }
 
 }  // namespace
 
-class LateBackend final : public Backend {
+class LateBackend final : public WrappedBackend {
  public:
   LateBackend(std::unique_ptr<Backend> operations, std::shared_ptr<LateRecord> record)
-      : operations_(std::move(operations)), record_(std::move(record)), info_(operations_->info()) {
+      : WrappedBackend(std::move(operations)), record_(std::move(record)), info_(inner().info()) {
     info_.name = "late";
   }
 
   const BackendInfo& info() const override { return info_; }
-  absl::Status Healthy() const override { return operations_->Healthy(); }
-
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override {
-    absl::StatusOr<std::unique_ptr<Stream>> inner = operations_->CreateStream();
-    if (!inner.ok()) return inner;
-    return std::make_unique<LateStream>(*std::move(inner), record_);
+    absl::StatusOr<std::unique_ptr<Stream>> stream = inner().CreateStream();
+    if (!stream.ok()) return stream;
+    return std::make_unique<LateStream>(*std::move(stream), record_);
   }
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, Stream& stream) override {
-    return operations_->Allocate(size_bytes, Inner(stream));
+    return inner().Allocate(size_bytes, Inner(stream));
   }
   absl::StatusOr<Buffer> AllocateHost(int64_t size_bytes) override {
-    absl::StatusOr<Buffer> buffer = operations_->AllocateHost(size_bytes);
+    absl::StatusOr<Buffer> buffer = inner().AllocateHost(size_bytes);
     if (!buffer.ok() || buffer->empty()) return buffer;
     std::byte* const data = buffer->data();
     return Buffer(data, size_bytes,
@@ -127,71 +127,17 @@ class LateBackend final : public Backend {
     Late(stream).Add(host->data(), {device.data(), device.data() + device.size_bytes()});
     return host;
   }
-  absl::StatusOr<Buffer> AllocateResident(int64_t size_bytes, Residence residence) override {
-    return operations_->AllocateResident(size_bytes, residence);
-  }
-  absl::StatusOr<std::string> ExportHandle(const Buffer& buffer) override {
-    return operations_->ExportHandle(buffer);
-  }
-  absl::StatusOr<Buffer> ImportHandle(std::string_view handle, int64_t offset_bytes,
-                                      int64_t size_bytes) override {
-    return operations_->ImportHandle(handle, offset_bytes, size_bytes);
-  }
-  absl::StatusOr<Buffer> RegisterHost(std::byte* data, int64_t size_bytes) override {
-    return operations_->RegisterHost(data, size_bytes);
-  }
   absl::Status Copy(std::byte* to, const std::byte* from, int64_t size_bytes,
                     Stream& stream) override {
-    return operations_->Copy(to, from, size_bytes, Inner(stream));
-  }
-  int64_t device_bytes_in_use() const override { return operations_->device_bytes_in_use(); }
-  int64_t host_bytes_in_use() const override { return operations_->host_bytes_in_use(); }
-
-  absl::Status ScoreWindow(const ScoreWindowParams& params, Stream& stream) override {
-    return operations_->ScoreWindow(params, Inner(stream));
-  }
-  absl::Status ScoreKeys(const ScoreKeysParams& params, Stream& stream) override {
-    return operations_->ScoreKeys(params, Inner(stream));
-  }
-  absl::Status ReduceRows(const ReduceRowsParams& params, Stream& stream) override {
-    return operations_->ReduceRows(params, Inner(stream));
-  }
-  absl::Status ReduceBlocks(const ReduceBlocksParams& params, Stream& stream) override {
-    return operations_->ReduceBlocks(params, Inner(stream));
-  }
-  absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, Stream& stream) override {
-    return operations_->SummarizeBlocks(params, Inner(stream));
-  }
-  absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) override {
-    return operations_->ScoreBlocks(params, Inner(stream));
-  }
-  absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) override {
-    return operations_->SelectTokens(params, Inner(stream));
-  }
-  absl::Status GatherPages(const GatherPagesParams& params, Stream& stream) override {
-    return operations_->GatherPages(params, Inner(stream));
-  }
-  absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& stream) override {
-    return operations_->MeasureAttention(params, Inner(stream));
-  }
-  absl::Status MeasureSpans(const MeasureSpansParams& params, Stream& stream) override {
-    return operations_->MeasureSpans(params, Inner(stream));
-  }
-  absl::Status CheckFinite(const CheckFiniteParams& params, Stream& stream) override {
-    return operations_->CheckFinite(params, Inner(stream));
-  }
-  absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) override {
-    return operations_->SelectBlocks(params, Inner(stream));
-  }
-  absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) override {
-    return operations_->AttendTokens(params, Inner(stream));
-  }
-  absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) override {
-    return operations_->RefreshRows(params, Inner(stream));
+    return inner().Copy(to, from, size_bytes, Inner(stream));
   }
 
  private:
-  const std::unique_ptr<Backend> operations_;
+  absl::Status Run(std::string_view /*operation*/, Stream& stream,
+                   absl::FunctionRef<absl::Status(Stream&)> run) override {
+    return run(Inner(stream));
+  }
+
   const std::shared_ptr<LateRecord> record_;
   BackendInfo info_;  // constant after construction
 };

@@ -204,7 +204,7 @@ TEST_F(RegionStoreTest, OwnersTakeTheirRegionsAlong) {
 
 TEST_F(RegionStoreTest, OwnersHaveAQuotaAndLeasesStillEnd) {
   RegionStore store({.allow_shm = true, .max_owners = 1, .now = [this] { return now_; }},
-                    *backend_);
+                    {backend_.get()});
   const auto owner = store.Attach();
   ASSERT_TRUE(owner.ok());
   EXPECT_EQ(store.Attach().status().code(), absl::StatusCode::kResourceExhausted);
@@ -228,7 +228,7 @@ TEST_F(RegionStoreTest, MemFds) {
     EXPECT_TRUE(files.Add({.token = std::string(16, token), .file = std::move(file)}).ok());
   };
   PassedFiles files;
-  RegionStore store({.allow_shm = true, .files = &files}, *backend_);
+  RegionStore store({.allow_shm = true, .files = &files}, {backend_.get()});
   RegionStore::Registration registration;
   registration.name = "m";
   registration.byte_size = kBytes;
