@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dynsplit.sessions import SessionClient
 from fake_service import FakeService, serve
+
+from dynsplit.sessions import SessionClient
 
 _ROOT = Path(__file__).resolve().parents[3]
 
