@@ -5,9 +5,9 @@
     generate_stubs.py [OUT]     OUT: folder of the package, by default the one beside this file
 
 Writes OUT/dynsplit/v1/*_pb2.py with their types (*_pb2.pyi), *_pb2_grpc.py and error_details.binpb
-(a descriptor set of google.rpc). The build of the package runs it (setup.py); run it by hand where the sources are used
-in place. Needs the programs protoc (3.20 or later) and grpc_python_plugin (Debian:
-protobuf-compiler, protobuf-compiler-grpc), and no Python package.
+(a descriptor set of google.rpc). The build of the package runs it (setup.py); run it by hand where
+the sources are used in place. Needs the programs protoc (3.20 or later) and grpc_python_plugin
+(Debian: protobuf-compiler, protobuf-compiler-grpc), and no Python package.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def write(
             file.write(prefix + struct.pack("<I", tensors.crc32c(prefix)) + packed)
             for part in sections:
                 file.write(bytes(_align(file.tell()) - file.tell()))
-                file.write(memoryview(part.data))
+                file.write(part.data.data)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o644)

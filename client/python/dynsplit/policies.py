@@ -4,7 +4,7 @@
     policy("dynsplit", kept_ratio=0.2, profile="smollm2", positions="contiguous")
     policy("snapkv", tokens_per_head=512, encoding="float8_e4m3")
 
-Whatever is left out is the preset's, or the server's default. `Client.policies()` lists the presets.
+Whatever is left out is the preset's, or the server's default. `Client.policies()` lists presets.
 """
 
 from __future__ import annotations

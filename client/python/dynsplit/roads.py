@@ -168,7 +168,7 @@ class Stage:
         return self._road not in ("inline", "unix", "tcp") and bool(_bytes_of(inputs))
 
     def choose(self, inputs: Sequence[Input], planes: Sequence[int]) -> str | None:
-        """ "cuda-ipc" or "shm"; None = inline.
+        """Kind of memory to stage the inputs in; None = they travel in the stream.
 
         Args:
             inputs: of the call.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element types, checksums, and tensors: numpy's, torch's, and those in memory shared with the server.
+"""Element types, checksums, and tensors: numpy's, torch's, and those in shared memory.
 
 numpy has no bfloat16 and no fp8. Such tensors are arrays of ml_dtypes' types where that package is
 installed, and elsewhere unsigned integers of the same width, for which calls take `dtype=`.
