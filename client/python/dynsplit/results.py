@@ -189,13 +189,21 @@ class Compressed:
         yield container.section("BLOCK_STARTS", None, self.block_starts)
         for layer in self.layers:
             yield container.section("KEPT_TOKENS", layer.layer, layer.tokens)
-            for field, kind in _FIELDS.items():
-                array = getattr(layer, field)
-                if array is not None:
-                    yield container.section(kinds.Name(kind)[12:], layer.layer, array)
             if layer.key_pages is not None:
                 table = np.arange(len(layer.key_pages), dtype=np.int32)
                 yield container.section("PAGE_TABLE", layer.layer, table)
+            for field, kind in _FIELDS.items():
+                array = getattr(layer, field)
+                if array is None:
+                    continue
+                part = container.section(kinds.Name(kind)[12:], layer.layer, array)
+                if field.endswith("_scales"):
+                    part.descriptor.scale_granularity = (
+                        types_pb2.SCALE_GRANULARITY_HEAD
+                        if array.ndim == 1
+                        else types_pb2.SCALE_GRANULARITY_TOKEN_HEAD
+                    )
+                yield part
 
 
 _FIELDS = {

@@ -26,6 +26,8 @@ from dynsplit import errors, tensors
 from dynsplit.v1 import compression_pb2, types_pb2
 
 _CHUNK_BYTES = 2 << 20
+# grpc.aio's word where a call ended before it could send, and its status has been lost.
+_CORE = "Internal error from Core"
 _AXES = (types_pb2.AXIS_TOKEN, types_pb2.AXIS_HEAD, types_pb2.AXIS_CHANNEL)
 
 
@@ -297,6 +299,8 @@ async def converse_async(
             if conversation.chunk_bytes:
                 answered.set()
     except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.INTERNAL and error.details() == _CORE:
+            raise errors.UnavailableError("the call broke", code="UNAVAILABLE") from None
         raise errors.from_rpc_error(error) from None
     finally:
         call.cancel()
