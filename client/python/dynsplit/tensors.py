@@ -243,6 +243,20 @@ def from_bytes(
     return torch.from_numpy(data).view(dtype).reshape(shape).to(like.device)
 
 
+def to_torch(array: npt.NDArray[Any]) -> Any:
+    """A copy of a received array as a torch tensor of its element type, on the CPU.
+
+    Without ml_dtypes 16 bits are bfloat16 and 8 bits e4m3: what arrays of unsigned integers stand
+    for here.
+    """
+    import torch
+
+    name = str(array.dtype)
+    name = {"uint16": "bfloat16", "uint8": "float8_e4m3fn"}.get(name, name)
+    raw = torch.from_numpy(np.array(array).reshape(-1).view(np.uint8))
+    return raw.view(getattr(torch, name)).view(array.shape)
+
+
 @functools.cache
 def _crc_function() -> Callable[[int, bytes], int]:
     try:

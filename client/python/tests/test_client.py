@@ -599,3 +599,15 @@ def test_strides_say_what_is_dense() -> None:
         assert (host.dense_strides() is not None) == dense
         order = np.sort(host.flat_bytes().view(np.float32))
         np.testing.assert_array_equal(order, np.sort(view.reshape(-1)))
+
+
+def test_the_quick_start_works(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (_ROOT / "client/python/README.md").read_text()
+    code = readme.split("## Quick start")[1].split("```python")[1].split("```")[0]
+    monkeypatch.setenv("DYNSPLIT_TARGET", daemon.tcp)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    assert scope["keys"].shape == (409, 2, 64)
+    assert capsys.readouterr().out.startswith("shm 8388608 ")

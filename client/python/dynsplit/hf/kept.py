@@ -7,17 +7,18 @@ Shapes: B sequences, Hq query heads, Hkv KV heads, T prompt tokens, n kept, D he
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dynsplit.calls import OnError
 from dynsplit.client import Client
 from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded, rope_of
 from dynsplit.results import Compressed
+from dynsplit.tensors import is_torch, to_torch
 from dynsplit.v1 import types_pb2
 
 _SHIFT = "_dynsplit_shift"  # attribute of a cache: positions that contiguous keys have moved down
@@ -119,7 +120,7 @@ class Compression(ModelHook):
         if any(result.contiguous for result in self.results):
             _note_shift(cache, layers, self.results)
         for slot, layer in enumerate(layers):
-            cache.layers[layer] = _kept(cache.layers[layer], slot, self.results)
+            cache.layers[layer] = _kept(slot, self.results, cache.layers[layer].keys)
 
     def _compress(
         self,
@@ -156,19 +157,52 @@ def _note_shift(cache: Cache, layers: list[int], results: list[Compressed]) -> N
     setattr(cache, _SHIFT, results[0].num_tokens - kept.pop())
 
 
-def _kept(full: DynamicLayer, slot: int, results: list[Compressed]) -> KeptLayer:
+def _kept(slot: int, results: Sequence[Compressed], like: torch.Tensor) -> KeptLayer:
     counts = {result.layers[slot].num_kept for result in results}
     if len(counts) != 1:
         raise ValueError(
             f"the batch's sequences kept {sorted(counts)} tokens: a policy with a quality floor "
             "takes one sequence at a time"
         )
-    rows = [result.layers[slot].decoded() for result in results]
+    rows = [
+        [part if is_torch(part) else to_torch(part) for part in result.layers[slot].decoded()]
+        for result in results
+    ]
     keys, values = (
-        torch.stack([row[part].transpose(0, 1) for row in rows]).to(full.keys.dtype)
+        torch.stack([row[part].transpose(0, 1) for row in rows]).to(like.device, like.dtype)
         for part in range(2)
     )
-    return KeptLayer(keys, values, int(full.keys.shape[-2]) - counts.pop())
+    return KeptLayer(keys, values, results[0].num_tokens - counts.pop())
+
+
+def cache_of(results: Sequence[Compressed], model: PreTrainedModel) -> DynamicCache:
+    """A cache of what was kept, for a decode side that did not compute the prompt.
+
+    Prompt and first token go into `generate` as they are: the cache says that the prompt is done.
+
+        cache = cache_of([dynsplit.load("prompt.dskv")[0]], model)
+        model.generate(prompt_and_first_token, past_key_values=cache)
+
+    Args:
+        results: one a sequence of the batch, all of one length and with original positions; arrays
+            of numpy or of torch.
+        model: whose type and device the cache takes.
+
+    Raises:
+        ValueError: contiguous positions (there the kept tokens are a prompt of their own), or
+            another number of layers than the model has, or sequences that do not go together.
+    """
+    if any(result.contiguous for result in results):
+        raise ValueError("keys are at contiguous positions: feed the kept tokens as the prompt")
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if {len(result.layers) for result in results} != {num_layers}:
+        raise ValueError(f"the model has {num_layers} layers, the results others")
+    if len({result.num_tokens for result in results}) != 1:
+        raise ValueError("the sequences are of different lengths")
+    like = torch.empty(0, dtype=model.dtype, device=model.device)
+    cache = DynamicCache()
+    cache.layers = [_kept(slot, results, like) for slot in range(num_layers)]
+    return cache
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynsplit import errors
+from dynsplit import errors, tensors
 from dynsplit.calls import OnError
 from dynsplit.client import Client
 from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded
@@ -303,19 +303,10 @@ class _Slots:
                 (self.keys[layer], rows.keys, rows.key_scales),
                 (self.values[layer], rows.values, rows.value_scales),
             ):
-                target[at] = _as_torch(data, scales, target)
-
-
-def _as_torch(data: Any, scales: Any, like: torch.Tensor) -> torch.Tensor:
-    """Received rows in the type of `like`, decoded where they rest quantised."""
-    name = str(data.dtype)
-    if name in ("uint16", "uint8"):  # no ml_dtypes here
-        name = "bfloat16" if name == "uint16" else "float8_e4m3fn"
-    raw = torch.from_numpy(np.array(data).reshape(-1).view(np.uint8))
-    rows = raw.view(getattr(torch, name)).view(data.shape)
-    if scales is not None:
-        rows = rows.float() * torch.from_numpy(np.array(scales))[..., None]
-    return rows.to(like.device, like.dtype)
+                exact = tensors.to_torch(data)
+                if scales is not None:  # they rest quantised
+                    exact = exact.float() * tensors.to_torch(scales)[..., None]
+                target[at] = exact.to(target.device, target.dtype)
 
 
 class _Reader(ModelHook):
