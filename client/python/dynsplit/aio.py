@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    overload,
+)
 
 import grpc
 import grpc.aio
@@ -38,27 +46,29 @@ class AsyncMethod(Generic[P, T]):
 
     def __init__(self, make: Callable[Concatenate[Context, P], Call[T]]) -> None:
         """Of a function that makes the call."""
-        self._make = make
-        functools.update_wrapper(self, make)  # type: ignore[arg-type]
+        self._make, self._face = make, calls.Face(make)
 
     @overload
-    def __get__(self, client: None, owner: type) -> AsyncMethod[P, T]: ...
+    def __get__(
+        self, client: None, owner: type
+    ) -> Callable[Concatenate[Client, P], Awaitable[T]]: ...
 
     @overload
     def __get__(self, client: Client, owner: type) -> Callable[P, Awaitable[T]]: ...
 
-    def __get__(
-        self, client: Client | None, owner: type
-    ) -> AsyncMethod[P, T] | Callable[P, Awaitable[T]]:
-        """Bound to a client."""
-        if client is None:
-            return self
+    def __get__(self, client: Client | None, owner: type) -> Any:
+        """Bound to a client, or a function of one."""
 
-        @functools.wraps(self._make)
+        async def unbound(of: Client, *args: P.args, **kwargs: P.kwargs) -> T:
+            return await of._run(self._make(of._context, *args, **kwargs))
+
+        if client is None:
+            return self._face.put_on(unbound, bound=False)
+
         async def method(*args: P.args, **kwargs: P.kwargs) -> T:
             return await client._run(self._make(client._context, *args, **kwargs))
 
-        return method
+        return self._face.put_on(method, bound=True)
 
 
 class Client:

@@ -9,8 +9,10 @@ it; both do so under `Retry`.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -161,6 +163,30 @@ class Stream(Generic[T]):
 
 
 Call = Unary[T] | Stream[T]
+
+
+class Face:
+    """Name, documentation and signature of an operation, as callers of the client see it."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        """Of the function that makes the call."""
+        self._name = make.__name__
+        text = inspect.getdoc(make) or ""
+        self._doc = re.sub(r" *context: of the client\.\n", "", text).replace("Args:\n\n", "")
+        signature = inspect.signature(make)
+        context, *rest = signature.parameters.values()
+        answer = re.sub(r"^(Unary|Stream)\[(.*)\]$", r"\2", str(signature.return_annotation))
+        self._bound = inspect.Signature(rest, return_annotation=answer)
+        first = context.replace(name="self", annotation=inspect.Parameter.empty)
+        self._unbound = inspect.Signature([first, *rest], return_annotation=answer)
+
+    def put_on(self, method: Any, *, bound: bool) -> Any:
+        """The method, with this face."""
+        method.__name__, method.__doc__ = self._name, self._doc
+        method.__qualname__ = f"Client.{self._name}"
+        method.__signature__ = self._bound if bound else self._unbound
+        return method
+
 
 DEFAULT_TARGETS = ("unix:/run/dynsplitd.sock", "127.0.0.1:8001")
 _LOCAL_HOSTS = ("127.", "localhost", "[::1]", "0.0.0.0")

@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeVar,
+    overload,
+)
 
 import grpc
 
@@ -40,25 +48,27 @@ class Method(Generic[P, T]):
 
     def __init__(self, make: Callable[Concatenate[Context, P], Call[T]]) -> None:
         """Of a function that makes the call."""
-        self._make = make
-        functools.update_wrapper(self, make)  # type: ignore[arg-type]
+        self._make, self._face = make, calls.Face(make)
 
     @overload
-    def __get__(self, client: None, owner: type) -> Method[P, T]: ...
+    def __get__(self, client: None, owner: type) -> Callable[Concatenate[Client, P], T]: ...
 
     @overload
     def __get__(self, client: Client, owner: type) -> Callable[P, T]: ...
 
-    def __get__(self, client: Client | None, owner: type) -> Method[P, T] | Callable[P, T]:
-        """Bound to a client."""
-        if client is None:
-            return self
+    def __get__(self, client: Client | None, owner: type) -> Any:
+        """Bound to a client, or a function of one."""
 
-        @functools.wraps(self._make)
+        def unbound(of: Client, *args: P.args, **kwargs: P.kwargs) -> T:
+            return of._run(self._make(of._context, *args, **kwargs))
+
+        if client is None:
+            return self._face.put_on(unbound, bound=False)
+
         def method(*args: P.args, **kwargs: P.kwargs) -> T:
             return client._run(self._make(client._context, *args, **kwargs))
 
-        return method
+        return self._face.put_on(method, bound=True)
 
 
 def stubs_of(channel: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Results:
     tensors: dict[int, npt.NDArray[np.uint8]] = dataclasses.field(default_factory=dict)
     """Bytes of each result tensor, by the id its descriptor gives."""
     sent_bytes: int = 0
-    """Tensor bytes that travelled in chunks, all attempts."""
+    """Tensor bytes that went into chunks in the call that succeeded."""
     received_bytes: int = 0
     road: str = "inline"
     """How the inputs travelled."""
@@ -124,7 +124,6 @@ class Conversation:
 
     def carry_on(self, broken: Conversation) -> None:
         """Takes over the complete layers of a call that broke; begin.target.resume says so."""
-        self.results.sent_bytes += broken.results.sent_bytes
         self.results.received_bytes += broken.results.received_bytes
         self._before = list(broken._before)
         for layer in broken.results.layers[: broken.complete_layers()]:

@@ -136,6 +136,44 @@ def test_bfloat16_as_uint16_and_as_ml_dtypes(service: Client) -> None:
         service.compress(**(sequence | bits), policy=POLICY)
 
 
+def test_quantised_input_is_taken_with_its_scales(service: Client) -> None:
+    sequence = _sequence()
+    scales = np.abs(sequence["keys"]).max(-1) / 127  # [L, T, Hkv]
+    codes = np.rint(sequence["keys"] / scales[..., None]).astype(np.int8)
+    value_scales = np.abs(sequence["values"]).max(-1) / 127
+    value_codes = np.rint(sequence["values"] / value_scales[..., None]).astype(np.int8)
+    quantised = {"keys": codes, "key_scales": scales}
+    quantised |= {"values": value_codes, "value_scales": value_scales}
+    found = service.compress(**(sequence | quantised), policy=POLICY)
+    layer = found.layers[2]
+    keys, _ = layer.rows()
+    np.testing.assert_array_equal(keys, codes[2][layer.tokens[0]])
+    decoded, _ = layer.decoded()
+    exact = sequence["keys"][2][layer.tokens[0]]
+    assert np.abs(decoded - exact).max() <= scales.max() / 2 * 1.001
+
+
+def test_anything_with_dlpack_will_do(service: Client) -> None:
+    class Foreign:
+        """As of another array library."""
+
+        def __init__(self, array: npt.NDArray[np.float32]) -> None:
+            self._array, self.shape = array, array.shape
+
+        def __dlpack__(self, **options: Any) -> Any:
+            return self._array.__dlpack__(**options)
+
+        def __dlpack_device__(self) -> Any:
+            return self._array.__dlpack_device__()
+
+    sequence = _sequence()
+    foreign = {name: [Foreign(part) for part in sequence[name]] for name in ("keys", "values")}
+    _assert_equal(
+        service.compress(**(sequence | foreign), policy=POLICY),
+        service.compress(**sequence, policy=POLICY),
+    )
+
+
 def test_torch_in_torch_out(service: Client) -> None:
     torch = pytest.importorskip("torch")
     sequence = _sequence()
@@ -267,6 +305,16 @@ def test_memory_that_cannot_be_shared_costs_the_road_only(
         client.compress(**sequence, policy=POLICY)
     with Client(daemon.unix, road="cuda-ipc") as client, pytest.raises(errors.UnsupportedError):
         client.compress(**sequence, policy=POLICY)
+
+
+@pytest.mark.parametrize("road", ["inline", "shm"])
+def test_threads_share_a_client(daemon: Daemon, road: Any) -> None:
+    sequences = [_sequence(seed) for seed in range(12)]
+    with Client(daemon.unix, road=road) as client, futures.ThreadPoolExecutor(6) as threads:
+        expected = [client.compress(**sequence, policy=POLICY) for sequence in sequences]
+        again = threads.map(lambda entry: client.compress(**entry, policy=POLICY), sequences)
+        for one, other in zip(again, expected, strict=True):
+            _assert_equal(one, other)
 
 
 def test_addresses_are_chosen_by_road(tmp_path: Path) -> None:

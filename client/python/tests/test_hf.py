@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,43 @@ def test_a_second_turn_sees_all_that_was_kept(
             logits.append(torch.cat(parts, dim=1))
             assert cache.get_seq_length() == PROMPT + 9
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_second_turn_over_a_session(
+    model: Any, service: dynsplit.Client, speculative: bool
+) -> None:
+    more = _prompt(length=9, seed=8)["input_ids"]
+    policy = dynsplit.index_policy(kept_ratio=1.0, profile="smollm2")
+    session = dynsplit.hf.SessionCache(
+        model, service, policy, speculative=speculative, append_every=4
+    )
+    logits = []
+    with session, torch.no_grad():
+        for cache in (transformers.DynamicCache(config=model.config), session):
+            model(**_prompt(), past_key_values=cache)
+            parts = [
+                model(piece, past_key_values=cache).logits for piece in more.split([5, 1, 3], 1)
+            ]
+            logits.append(torch.cat(parts, dim=1))
+            assert cache.get_seq_length() == PROMPT + 9
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_decode_side_goes_on_from_a_file(
+    model: Any, service: dynsplit.Client, tmp_path: Path
+) -> None:
+    policy = dynsplit.policy("dynsplit", kept_ratio=0.5, profile="smollm2", encoding="int8")
+    with dynsplit.hf.compress(model, service, policy, num_queries=16) as compression:
+        expected = _generate(model, _prompt())[0]
+    compression.results[0].save(tmp_path / "x.dskv")
+    cache = dynsplit.hf.cache_of([dynsplit.load(tmp_path / "x.dskv")[0]], model)
+    ids = torch.cat([_prompt()["input_ids"], torch.tensor([[expected[0]]])], dim=1)
+    prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert _generate(model, prompt, NEW - 1, past_key_values=cache)[0] == expected[1:]
+    with pytest.raises(ValueError, match="3 layers"):
+        result = compression.results[0]
+        dynsplit.hf.cache_of([dataclasses.replace(result, layers=result.layers[:2])], model)
 
 
 @both
