@@ -24,6 +24,7 @@ from dynsplit import calls, compression, errors, info, session_calls, streams
 from dynsplit.calls import Attempts, Call, Context, OnError, Retry, Road, Stream, Unary
 from dynsplit.roads import CANNOT_SHARE, Segment, Stage
 from dynsplit.v1 import (
+    compression_pb2,
     compression_pb2_grpc,
     info_pb2_grpc,
     memory_pb2_grpc,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_STREAMS = {
+    "Compression": ("Compress", "Plan", "Apply", "Calibrate"),
+    "Sessions": ("Open", "Append", "Fetch"),
+}
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -79,7 +84,16 @@ def stubs_of(channel: Any) -> dict[str, Any]:
         "Memory": memory_pb2_grpc.MemoryStub,
         "Info": info_pb2_grpc.InfoStub,
     }
-    return {name: stub(channel) for name, stub in classes.items()}
+    stubs = {name: stub(channel) for name, stub in classes.items()}
+    for service, methods in _STREAMS.items():
+        for method in methods:
+            call = channel.stream_stream(
+                f"/dynsplit.v1.{service}/{method}",
+                request_serializer=streams.serialize,
+                response_deserializer=compression_pb2.CompressResponse.FromString,
+            )
+            setattr(stubs[service], method, call)
+    return stubs
 
 
 def health_call(channel: Any) -> Any:

@@ -43,7 +43,7 @@ def boundaries(
     *,
     begin: int = 0,
     end: int | None = None,
-    columns: int = 100,
+    columns: int = 120,
 ) -> Any:
     """Where the context was cut, and how much of each token was kept.
 
@@ -73,7 +73,8 @@ def boundaries(
             line, column = line + 1, 0
         places.append((token, line, column, text))
         column += len(text)
-    figure, axes = _figure(12, 0.28 * (line + 1) + 0.6)
+    size = 12 * 72 / columns / 0.62  # points; a monospace letter is 0.6 of its size wide
+    figure, axes = _figure(12, 1.8 * size / 72 * (line + 1) + 0.6)
     axes.set(xlim=(0, columns), ylim=(line + 1, 0), title=f"tokens {begin:,} to {end:,}")
     axes.axis("off")
     from matplotlib.patches import Rectangle
@@ -83,7 +84,7 @@ def boundaries(
         axes.add_patch(shade)
         if token in starts:
             axes.plot([left, left], [row + 0.1, row + 0.9], color=_EDGE, lw=1.5)
-        axes.text(left, row + 0.75, text, family="monospace", fontsize=7, parse_math=False)
+        axes.text(left, row + 0.75, text, family="monospace", fontsize=size, parse_math=False)
     return figure
 
 

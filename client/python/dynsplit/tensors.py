@@ -258,7 +258,7 @@ def to_torch(array: npt.NDArray[Any]) -> Any:
 
 
 @functools.cache
-def _crc_function() -> Callable[[int, bytes], int]:
+def _crc_function() -> Callable[[int, npt.NDArray[np.uint8]], int]:
     try:
         import google_crc32c
 
@@ -276,9 +276,8 @@ def _crc_function() -> Callable[[int, bytes], int]:
     crc32_iscsi.restype = ctypes.c_uint32
     crc32_iscsi.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
 
-    def extend(crc: int, data: bytes) -> int:
-        array = np.frombuffer(data, np.uint8)
-        return int(crc32_iscsi(array.ctypes.data, len(array), crc ^ 0xFFFFFFFF)) ^ 0xFFFFFFFF
+    def extend(crc: int, data: npt.NDArray[np.uint8]) -> int:
+        return int(crc32_iscsi(data.ctypes.data, len(data), crc ^ 0xFFFFFFFF)) ^ 0xFFFFFFFF
 
     return extend
 
@@ -293,5 +292,6 @@ def crc32c(data: Any, crc: int = 0) -> int:
     Raises:
         ImportError: no library to compute it with.
     """
-    flat = data if isinstance(data, bytes) else bytes(memoryview(data).cast("B"))
-    return _crc_function()(crc, flat) if flat else crc
+    view = memoryview(data)
+    # An array, because the package takes no views: bytes are not copied for it.
+    return _crc_function()(crc, np.frombuffer(view.cast("B"), np.uint8)) if view.nbytes else crc

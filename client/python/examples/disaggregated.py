@@ -6,7 +6,7 @@
            │        ◄──plan, pages, receipt──┘
            └──── container (.dskv) over TCP ────► decode process
 
-    disaggregated.py [--tokens 2000] [--ratio 0.2] [--target ADDRESS]
+    disaggregated.py [--tokens 1200] [--ratio 0.2] [--target ADDRESS]
 
 A real model (SmolLM2-135M-Instruct) reads a chapter with a number hidden in it and is asked for
 that number; the decode process answers from the whole cache and from the compressed one. Starts its
@@ -106,6 +106,7 @@ def prefill(target: str, decode_port: int, tokens: int, ratio: float, report: Co
         socket.create_connection(("127.0.0.1", decode_port)) as link,
         tempfile.TemporaryDirectory() as folder,
     ):
+        _receive(link)  # the decode side is ready: from here on the two take turns
         for name, policy in policies.items():
             begin = time.perf_counter()
             with torch.inference_mode(), hf.compress(model, client, policy) as compression:
@@ -117,7 +118,7 @@ def prefill(target: str, decode_port: int, tokens: int, ratio: float, report: Co
             payload = path.read_bytes()
             report.send((name, _facts(result, seconds, len(payload))))
             _send(link, payload)
-            _receive(link)  # so that the two sides do not share the processor while they are timed
+            _receive(link)
         _send(link, b"")
 
 
@@ -130,6 +131,7 @@ def _facts(result: dynsplit.Compressed, seconds: float, wire_bytes: int) -> dict
         "dynsplitd": f"{result.total_seconds:.2f} s",
         "road to dynsplitd": result.road,
         "in chunks to dynsplitd": f"{result.sent_bytes / 2**20:.1f} MiB",
+        "pages from dynsplitd": f"{result.received_bytes / 2**20:.1f} MiB",
         "to decode": f"{wire_bytes / 2**20:.1f} MiB",
         "attention mass kept": f"{result.receipt.retained_attention_mass_mean:.4f}",
         "  of the worst head": f"{result.receipt.retained_attention_mass_min:.4f}",
@@ -146,6 +148,7 @@ def decode(listener: socket.socket, report: Connection) -> None:
     tokenizer, model = _model()
     link, _ = listener.accept()
     with link, tempfile.TemporaryDirectory() as folder:
+        _send(link, b"ready")
         while True:
             payload = _receive(link)
             if not payload:
@@ -211,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=2000, help="of the text (default 2000)")
+    parser.add_argument("--tokens", type=int, default=1200, help="of the text (default 1200)")
     parser.add_argument("--ratio", type=float, default=0.2, help="of the tokens kept (default 0.2)")
     parser.add_argument("--target", help="address of a running dynsplitd on this host")
     arguments = parser.parse_args()
