@@ -69,6 +69,7 @@ bool UsesTensorCores(const ColumnSoftmax& op) {
 }
 
 absl::Status RunColumnSoftmax(const ColumnSoftmax& op, const Launch& launch) {
+  if (UsesGroupMma(op)) return RunColumnSoftmaxGroup(op, launch);
   return UsesTensorCores(op) ? RunColumnSoftmaxMma(op, launch) : RunColumnSoftmaxSimt(op, launch);
 }
 

@@ -77,7 +77,12 @@ SimtConfig ChooseSimtConfig(const ColumnShape& shape, int num_sms);
 // True if the tensor cores take it: 16-bit items and queries of one type, depth <= kMmaMaxDepth.
 bool UsesTensorCores(const ColumnSoftmax& op);
 
+// True if warpgroups take it, which is faster where they do: Hopper, the first form without
+// lengths, summed over the group, aligned rows of 64 or 128 channels.
+bool UsesGroupMma(const ColumnSoftmax& op);
+
 absl::Status RunColumnSoftmax(const ColumnSoftmax& op, const Launch& launch);
+absl::Status RunColumnSoftmaxGroup(const ColumnSoftmax& op, const Launch& launch);
 absl::Status RunColumnSoftmaxMma(const ColumnSoftmax& op, const Launch& launch);
 absl::Status RunColumnSoftmaxSimt(const ColumnSoftmax& op, const Launch& launch);
 

@@ -15,6 +15,7 @@
 #include "cuda/device_memory.h"
 #include "cuda/imported_memory.h"
 #include "cuda/operations.h"
+#include "cuda/stream_marks.h"
 #include "server/pipeline/errors.h"
 
 namespace dynsplit {
@@ -45,20 +46,41 @@ class FaultRecord {
 
 class CudaStream : public Stream {
  public:
-  CudaStream(std::shared_ptr<StreamHandle> handle, std::shared_ptr<FaultRecord> fault)
-      : handle_(std::move(handle)), fault_(std::move(fault)) {}
+  CudaStream(std::shared_ptr<StreamHandle> handle, std::unique_ptr<StreamMarks> marks,
+             std::shared_ptr<DevicePool> pool, std::shared_ptr<FaultRecord> fault)
+      : handle_(std::move(handle)),
+        pool_(std::move(pool)),
+        fault_(std::move(fault)),
+        marks_(std::move(marks)) {
+    pool_->Attach(handle_);
+  }
+  ~CudaStream() override { pool_->Detach(handle_); }
 
   absl::Status Synchronize() override {
-    absl::Status status =
-        fault_->Note(CudaStatus(cudaSetDevice(handle_->device()), "cudaSetDevice"));
+    absl::Status status = Enter();
     if (!status.ok()) return status;
     return fault_->Note(CudaStatus(cudaStreamSynchronize(handle_->get()), "cudaStreamSynchronize"));
+  }
+  int64_t Mark() override {
+    if (Enter().ok()) (void)fault_->Note(marks_->Record(next_mark_));
+    return next_mark_++;
+  }
+  Clock::time_point TimeOf(int64_t mark) override {
+    (void)Enter();
+    return marks_->TimeOf(mark);
   }
   const std::shared_ptr<StreamHandle>& handle() const { return handle_; }
 
  private:
+  absl::Status Enter() {
+    return fault_->Note(CudaStatus(cudaSetDevice(handle_->device()), "cudaSetDevice"));
+  }
+
   const std::shared_ptr<StreamHandle> handle_;
+  const std::shared_ptr<DevicePool> pool_;
   const std::shared_ptr<FaultRecord> fault_;
+  const std::unique_ptr<StreamMarks> marks_;
+  int64_t next_mark_ = 0;
 };
 
 // Streams given to a backend are its own (Backend's contract).
@@ -89,7 +111,9 @@ class CudaBackend : public Backend {
   absl::StatusOr<std::unique_ptr<Stream>> CreateStream() override {
     absl::StatusOr<std::shared_ptr<StreamHandle>> handle = StreamHandle::Create(device_);
     if (!handle.ok()) return fault_->Note(handle.status());
-    return std::make_unique<CudaStream>(*std::move(handle), fault_);
+    absl::StatusOr<std::unique_ptr<StreamMarks>> marks = StreamMarks::Create(*handle);
+    if (!marks.ok()) return fault_->Note(marks.status());
+    return std::make_unique<CudaStream>(*std::move(handle), *std::move(marks), pool_, fault_);
   }
 
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, Stream& stream) override {
@@ -209,6 +233,9 @@ class CudaBackend : public Backend {
   }
   absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) override {
     return Run(kernels::RefreshRows, params, stream);
+  }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) override {
+    return Run(kernels::SegmentTokens, params, stream);
   }
 
  private:

@@ -24,8 +24,21 @@ __device__ inline void WaitForEarlierGrids() {
 #endif
 }
 
+// Thread blocks that may work together on the current device.
+inline int ClusterLimit() {
+  constexpr int kPortable = 8;
+  int device = 0;
+  int major = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+  return known && major >= 9 ? kPortable : 1;
+}
+
+// `cluster` thread blocks along x work together; at most ClusterLimit(), and divides gridDim.x.
 template <typename Batch>
-cudaError_t LaunchDependent(cudaLaunchConfig_t config, void (*kernel)(Batch), const Batch& batch) {
+cudaError_t LaunchDependent(cudaLaunchConfig_t config, void (*kernel)(Batch), const Batch& batch,
+                            int cluster = 1) {
   int device = 0;
   int major = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -33,11 +46,13 @@ cudaError_t LaunchDependent(cudaLaunchConfig_t config, void (*kernel)(Batch), co
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   }
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = major >= 9 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = major < 9 ? 0 : cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, batch);
 }
 

@@ -25,6 +25,14 @@
 
 namespace dynsplit {
 
+// Calls of this process that had the driver allocate: buffers in device memory, blocks of pinned
+// memory. Neither grows while the caches have what is asked for.
+struct DriverAllocations {
+  int64_t device = 0;
+  int64_t pinned = 0;
+};
+DriverAllocations CountDriverAllocations();
+
 // A non-blocking stream, shared by the Stream object and the buffers that are freed in its order.
 class StreamHandle {
  public:
@@ -45,12 +53,22 @@ class StreamHandle {
 
 // Device memory, capped by the bytes in live buffers: stream-ordered from a pool of our own, or in
 // allocations of their own.
+//
+// Blocks freed in the order of an attached stream stay with it, and what that stream allocates next
+// takes them without a call of the driver: its work runs after the work that used them. They count
+// as free; where live and kept bytes together would pass the cap, or the device has no more, they
+// go back to the driver, which knows when another stream may have them.
 class DevicePool : public std::enable_shared_from_this<DevicePool> {
  public:
   static absl::StatusOr<std::shared_ptr<DevicePool>> Create(int device, int64_t limit_bytes);
   ~DevicePool();
   DevicePool(const DevicePool&) = delete;
   DevicePool& operator=(const DevicePool&) = delete;
+
+  // Keeps from now on what is freed in the order of `stream`, until Detach.
+  void Attach(const std::shared_ptr<StreamHandle>& stream);
+  // Gives back what is kept for it. No effect on streams that are not attached.
+  void Detach(const std::shared_ptr<StreamHandle>& stream);
 
   // RESOURCE_EXHAUSTED beyond the cap, or when the device has no more.
   absl::StatusOr<Buffer> Allocate(int64_t size_bytes, std::shared_ptr<StreamHandle> stream);
@@ -66,14 +84,31 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
 
   int64_t limit_bytes() const { return limit_bytes_; }
   int64_t bytes_in_use() const { return in_use_bytes_.load(std::memory_order_relaxed); }
+  int64_t bytes_kept() const ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
+  struct Block {
+    std::byte* data = nullptr;
+    int64_t block_bytes = 0;
+  };
+  struct Owner {
+    std::shared_ptr<StreamHandle> stream;
+    int64_t block_bytes = 0;
+  };
+  // What is kept for a stream, by size.
+  using Kept = std::multimap<int64_t, std::byte*>;
+
   DevicePool(int device, int64_t limit_bytes, cudaMemPool_t pool)
       : device_(device), limit_bytes_(limit_bytes), pool_(pool) {}
   absl::Status Reserve(int64_t size_bytes);
   void GiveBack(int64_t size_bytes) {
     in_use_bytes_.fetch_sub(size_bytes, std::memory_order_relaxed);
   }
+  // A block of this size kept for the stream, or null data.
+  Block TakeKept(int64_t block_bytes, const std::shared_ptr<StreamHandle>& stream)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // Gives kept blocks back to the driver until at most `target_bytes` are kept.
+  void Trim(int64_t target_bytes) ABSL_LOCKS_EXCLUDED(mu_);
   cudaError_t AllocateFromPool(void** data, int64_t size_bytes, cudaStream_t stream);
   cudaError_t AllocateFromDevice(void** data, int64_t size_bytes);
   void Free(std::byte* data, int64_t size_bytes);
@@ -83,8 +118,10 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   const int64_t limit_bytes_;
   const cudaMemPool_t pool_;
   std::atomic<int64_t> in_use_bytes_ = 0;
-  absl::Mutex mu_;
-  absl::flat_hash_map<const std::byte*, std::shared_ptr<StreamHandle>> owners_ ABSL_GUARDED_BY(mu_);
+  mutable absl::Mutex mu_;
+  absl::flat_hash_map<const std::byte*, Owner> owners_ ABSL_GUARDED_BY(mu_);
+  absl::flat_hash_map<std::shared_ptr<StreamHandle>, Kept> kept_ ABSL_GUARDED_BY(mu_);  // attached
+  int64_t kept_bytes_ ABSL_GUARDED_BY(mu_) = 0;
   absl::flat_hash_set<const std::byte*> exclusive_ ABSL_GUARDED_BY(mu_);
 };
 

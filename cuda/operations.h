@@ -43,5 +43,6 @@ absl::Status CheckFinite(const CheckFiniteParams& params, const Launch& launch);
 absl::Status SelectBlocks(const SelectBlocksParams& params, const Launch& launch);
 absl::Status AttendTokens(const AttendTokensParams& params, const Launch& launch);
 absl::Status RefreshRows(const RefreshRowsParams& params, const Launch& launch);
+absl::Status SegmentTokens(const SegmentTokensParams& params, const Launch& launch);
 
 }  // namespace dynsplit::kernels

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How SelectBlocks is cut into launches and runs. Plain numbers, tested without a device.
+// How SelectBlocks and SelectTokens are cut into launches and runs. Plain numbers, tested without a
+// device.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +9,17 @@
 namespace dynsplit::kernels {
 
 inline constexpr int kSelectBatchItems = 64;  // of a launch: 3 KiB of kernel parameters
-inline constexpr int kSelectThreads = 1024;   // for one group of one item
+inline constexpr int kSelectThreads = 1024;   // of a thread block
 
 // Lines of 32 blocks that a warp keeps in registers; longer runs are read at every step.
-inline constexpr int kSelectFewLines = 4;    // 4,096 blocks a group, two groups an SM at a time
-inline constexpr int kSelectManyLines = 16;  // 16,384 blocks
+inline constexpr int kSelectFewLines = 4;    // two thread blocks an SM at a time
+inline constexpr int kSelectManyLines = 16;  // 16,384 blocks a thread block
 
-// Consecutive blocks that each of the warps takes: a multiple of 32.
-int64_t SelectRunBlocks(int64_t num_blocks);
+// Thread blocks that select for one group together: as many as its blocks give work to, while the
+// `num_teams` teams of a launch run at once. A power of two, at most `limit`.
+int SelectTeamSize(int64_t num_blocks, int64_t num_teams, int num_sms, int limit);
+
+// Consecutive blocks that each of a team's warps takes: a multiple of 32.
+int64_t SelectRunBlocks(int64_t num_blocks, int team_size);
 
 }  // namespace dynsplit::kernels

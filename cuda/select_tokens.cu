@@ -1,356 +1,362 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Selection without the host: one radix sort ranks the blocks of all groups, prefix sums over the
-// ranks say what each block gives, prefix sums over the blocks say where it goes. Everything is
-// integer arithmetic on ordered keys, so the result is exact and the same on every run.
+// Selection without the host, and without a sort: block_selection.cuh finds the score at which the
+// budget ends and what each block gives.
 //
-//   count    unprotected tokens of each block
-//   rank     radix sort by (group, score desc), stable: ties stay in block order
-//   take     what each block gives, by prefix sums over the ranks; at most one block a group is cut
-//   cut      threshold score of the tokens of the cut block (exact mode with token scores)
-//   emit     kept tokens at offsets from prefix sums over the blocks
-#include <cub/device/device_radix_sort.cuh>
-#include <cub/device/device_scan.cuh>
-
-#include <algorithm>
-#include <bit>
-
+//   rank    how many protected tokens lie before every 32nd token, so that those of any block, and
+//           the place of any token, are two look-ups away
+//   select  a team of thread blocks a group: threshold, prefix sums, kept tokens. A block weighs
+//           its unprotected tokens; in whole-block mode 1, or 0 where it is kept in any case
+//   cut     the one block that gives a part, where token scores say which: one thread block finds
+//           the threshold of its tokens in the same way
+#include "cuda/block_selection.cuh"
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/operations.h"
-#include "cuda/ordered_score.cuh"
-#include "cuda/tensor.cuh"
+#include "cuda/select_blocks.h"
 
 namespace dynsplit::kernels {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kScoreBits = 32;
-constexpr int kRadixBits = 8;
-constexpr int kRadixBins = 1 << kRadixBits;
+constexpr int kThreads = kSelectThreads;
+constexpr uint32_t kWordTokens = 32;
+
+// Of 32 tokens.
+struct alignas(8) RankWord {
+  uint32_t mask;   // bit i: token i is protected
+  int32_t before;  // protected tokens before the first
+};
+
+struct RankArgs {
+  const uint8_t* protected_tokens = nullptr;
+  int64_t num_tokens = 0;
+  RankWord* words = nullptr;  // [num_words]
+  int32_t num_words = 0;
+  int32_t run_words = 0;
+};
 
 struct Selection {
   SelectTokensParams params;
-  int lanes;               // lanes that share a block's tokens
-  int32_t* unprotected;    // [B] tokens of the block that are not protected
-  int64_t* rank_counts;    // [groups, B] what the block of this rank could give
-  int64_t* rank_starts;    // [groups, B] exclusive prefix sums of rank_counts
-  const int32_t* by_rank;  // [groups, B] blocks in rank order
-  int32_t* take;           // [groups, B] unprotected tokens that the block gives
-  int64_t* block_counts;   // [groups, B] tokens kept
-  int64_t* block_offsets;  // [groups, B] exclusive prefix sums of block_counts
-  int32_t* cut_block;      // [groups] block that gives a part, or -1
-  uint32_t* cut_score;     // [groups] ordered score of the last token taken from it
-  int32_t* cut_ties;       // [groups] tokens of exactly that score that are taken
+  const RankWord* words;
+  int32_t run_blocks;
 };
 
-// A group of `lanes` lanes works on a block; all lanes of the warp stay together. Calls
-// f(token, in_block) for consecutive runs of `lanes` tokens.
-template <typename F>
-__device__ void ForEachToken(int32_t begin, int32_t end, int lane, int lanes, F&& f) {
-  const auto length = static_cast<unsigned>(end - begin);
-  const auto rounds = (length + lanes - 1) / lanes;
-  const unsigned most = __reduce_max_sync(kFullWarp, rounds);
-  for (unsigned round = 0; round < most; ++round) {
-    const unsigned offset = round * lanes + lane;
-    f(begin + static_cast<int32_t>(offset), offset < length);
-  }
+// Bit i: byte i of four is not 0.
+__device__ uint32_t ByteBits(uint32_t bytes) {
+  constexpr uint32_t kGather = 0x01020408;  // bit 8i to bit 24 + i; no two products meet
+  return (__vcmpne4(bytes, 0) & 0x01010101U) * kGather >> 24 & 0xFU;
 }
 
-// Lanes of this lane's group for which `flag` holds, as bits from 0.
-__device__ unsigned GroupBallot(bool flag, int lane, int lanes) {
-  const unsigned votes = __ballot_sync(kFullWarp, flag);
-  const int shift = (static_cast<int>(threadIdx.x) % kWarp) - lane;
-  const unsigned mask = lanes == kWarp ? kFullWarp : (1U << lanes) - 1;
-  return (votes >> shift) & mask;
-}
-
-__device__ int CountBelow(unsigned votes, int lane) { return __popc(votes & ((1U << lane) - 1)); }
-
-__global__ void __launch_bounds__(kThreads) CountUnprotectedKernel(Selection s) {
-  const SelectTokensParams& p = s.params;
-  const int lane = static_cast<int>(threadIdx.x) % s.lanes;
-  const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / s.lanes;
-  const bool valid = block < p.num_blocks;
-  const int32_t begin = valid ? p.block_starts[block] : 0;
-  const int32_t end = valid ? p.block_starts[block + 1] : 0;
-  int32_t count = 0;
-  ForEachToken(begin, end, lane, s.lanes, [&](int32_t t, bool in_block) {
-    count += __popc(GroupBallot(in_block && p.protected_tokens[t] == 0, lane, s.lanes));
-  });
-  if (valid && lane == 0) s.unprotected[block] = count;
-}
-
-// Sort keys ascend with rank: group, then (whole blocks) blocks without a protected token last,
-// then falling scores. grid (blocks, groups)
-__global__ void __launch_bounds__(kThreads)
-    MakeKeysKernel(Selection s, uint64_t* keys, int32_t* blocks) {
-  const SelectTokensParams& p = s.params;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (block >= p.num_blocks) return;
-  const int64_t group = blockIdx.y;
-  const int64_t i = group * p.num_blocks + block;
-  uint64_t major = static_cast<uint64_t>(group);
-  if (p.num_whole_blocks > 0) {
-    const int32_t length = p.block_starts[block + 1] - p.block_starts[block];
-    major = major * 2 + (s.unprotected[block] == length ? 1 : 0);
-  }
-  keys[i] = major << kScoreBits | static_cast<uint32_t>(~OrderedScore(p.block_scores[i]));
-  blocks[i] = static_cast<int32_t>(block);
-}
-
-__global__ void __launch_bounds__(kThreads) RankCountsKernel(Selection s, int64_t count) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) s.rank_counts[i] = s.unprotected[s.by_rank[i]];
-}
-
-// grid (ranks, groups)
-__global__ void __launch_bounds__(kThreads) TakeKernel(Selection s) {
-  const SelectTokensParams& p = s.params;
-  const int64_t rank = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (rank >= p.num_blocks) return;
-  const int64_t group = blockIdx.y;
-  const int64_t row = group * p.num_blocks;
-  const int32_t block = s.by_rank[row + rank];
-  const int32_t available = s.unprotected[block];
-  const int32_t length = p.block_starts[block + 1] - p.block_starts[block];
-  int32_t taken = 0;
-  if (p.num_whole_blocks > 0) {
-    taken = rank < p.num_whole_blocks || available < length ? available : 0;
+__device__ uint32_t ProtectedMask(const RankArgs& args, int32_t word) {
+  const int64_t begin = static_cast<int64_t>(word) * kWordTokens;
+  const uint8_t* const flags = args.protected_tokens + begin;
+  uint32_t mask = 0;
+  if (begin + kWordTokens <= args.num_tokens && reinterpret_cast<uintptr_t>(flags) % 16 == 0) {
+    const auto* const vectors = reinterpret_cast<const uint4*>(flags);
+    const uint4 low = vectors[0];
+    const uint4 high = vectors[1];
+    mask = ByteBits(low.x) | ByteBits(low.y) << 4 | ByteBits(low.z) << 8 | ByteBits(low.w) << 12 |
+           ByteBits(high.x) << 16 | ByteBits(high.y) << 20 | ByteBits(high.z) << 24 |
+           ByteBits(high.w) << 28;
   } else {
-    const int64_t last = row + p.num_blocks - 1;
-    const int64_t total = s.rank_starts[last] + s.rank_counts[last] - s.rank_starts[row];
-    const int64_t room = p.num_kept - (p.num_tokens - total);  // after the protected tokens
-    const int64_t before = s.rank_starts[row + rank] - s.rank_starts[row];
-    taken =
-        static_cast<int32_t>(min(max(room - before, int64_t{0}), static_cast<int64_t>(available)));
-    if (taken > 0 && taken < available) s.cut_block[group] = block;
+    const auto count = static_cast<int>(min(args.num_tokens - begin, int64_t{kWordTokens}));
+    for (int i = 0; i < count; ++i) mask |= flags[i] != 0 ? 1U << i : 0U;
   }
-  s.take[row + block] = taken;
-  s.block_counts[row + block] = length - available + taken;
+  return mask;
 }
 
-// The cut block's take-th best unprotected token, by radix selection from the top byte down. One
-// thread block a group; the histogram is of integers, so the order of atomics does not show.
-__global__ void __launch_bounds__(kThreads) CutKernel(Selection s) {
-  const SelectTokensParams& p = s.params;
-  __shared__ int32_t bins[kRadixBins];
-  __shared__ uint32_t prefix;
-  __shared__ int32_t wanted;  // tokens still to take among those with the prefix
-  const int64_t group = blockIdx.x;
-  const int32_t block = s.cut_block[group];
-  if (block < 0) return;
-  const float* const scores = p.token_scores + group * p.num_tokens;
-  const int32_t begin = p.block_starts[block];
-  const int32_t end = p.block_starts[block + 1];
-  if (threadIdx.x == 0) {
-    prefix = 0;
-    wanted = s.take[group * p.num_blocks + block];
+// grid (team)
+__global__ void __launch_bounds__(kThreads) RankKernel(const __grid_constant__ RankArgs args) {
+  __shared__ Sums warp_sums[kSelectWarps];
+  __shared__ Sums block_sums;
+  AllowDependents();
+  const Team team = Team::OfCluster();
+  const Run run(team, 0, static_cast<uint32_t>(args.num_words),
+                static_cast<uint32_t>(args.run_words));
+  const auto mask_of = [&](int line) {
+    const uint32_t word = run.Index(line);
+    return word < run.end ? ProtectedMask(args, static_cast<int32_t>(word)) : 0U;
+  };
+  WaitForEarlierGrids();
+  int32_t count = 0;
+#pragma unroll 4
+  for (int line = 0; line < run.num_lines; ++line) count += __popc(mask_of(line));
+  int32_t before = SumBefore(team, {count, 0}, run, warp_sums, block_sums).first;
+  team.Arrive();
+  for (int line = 0; line < run.num_lines; ++line) {
+    const uint32_t mask = mask_of(line);
+    const int32_t end = InclusiveWarpSum(__popc(mask), run.lane);
+    const uint32_t word = run.Index(line);
+    if (word < run.end) args.words[word] = {mask, before + end - __popc(mask)};
+    before += __shfl_sync(kFullWarp, end, kWarp - 1);
   }
-  for (int shift = kScoreBits - kRadixBits; shift >= 0; shift -= kRadixBits) {
-    static_assert(kRadixBins == kThreads);
-    bins[threadIdx.x] = 0;
-    __syncthreads();
-    const uint32_t known = shift + kRadixBits == kScoreBits ? 0 : ~0U << (shift + kRadixBits);
-    for (int32_t t = begin + static_cast<int32_t>(threadIdx.x); t < end; t += kThreads) {
-      if (p.protected_tokens[t] != 0) continue;
-      const uint32_t score = OrderedScore(scores[t]);
-      if ((score & known) == prefix) atomicAdd(&bins[(score >> shift) % kRadixBins], 1);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int bin = kRadixBins - 1;
-      while (bins[bin] < wanted) wanted -= bins[bin--];
-      prefix |= static_cast<uint32_t>(bin) << shift;
-    }
-    __syncthreads();
+  team.Wait();
+}
+
+// Protected tokens, by token.
+struct Ranks {
+  const RankWord* words;
+
+  __device__ RankWord WordOf(uint32_t token) const {
+    const uint2 word = reinterpret_cast<const uint2*>(words)[token / kWordTokens];
+    return {word.x, static_cast<int32_t>(word.y)};
   }
-  if (threadIdx.x == 0) {
-    s.cut_score[group] = prefix;
-    s.cut_ties[group] = wanted;
+  __device__ static int32_t Before(const RankWord& word, uint32_t token) {
+    return word.before + __popc(word.mask & ((1U << token % kWordTokens) - 1));
+  }
+  __device__ int32_t Before(uint32_t token) const { return Before(WordOf(token), token); }
+  __device__ static bool IsProtected(const RankWord& word, uint32_t token) {
+    return (word.mask >> token % kWordTokens & 1U) != 0;
+  }
+};
+
+struct Block {
+  Weighted weighted;
+  int32_t begin;
+  int32_t length;
+  int32_t num_protected;
+};
+
+// The blocks of one group.
+struct Blocks {
+  const float* scores;
+  const int32_t* starts;
+  Ranks ranks;
+  bool whole;
+
+  __device__ Block Load(uint32_t i, bool counts) const {
+    const int32_t begin = starts[i];
+    const int32_t end = starts[i + 1];
+    const int32_t num_protected =
+        ranks.Before(static_cast<uint32_t>(end)) - ranks.Before(static_cast<uint32_t>(begin));
+    const int32_t weight = whole ? (num_protected == 0 ? 1 : 0) : end - begin - num_protected;
+    return {{OrderedScore(scores[i]), counts ? weight : 0},
+            begin,
+            counts ? end - begin : 0,
+            counts ? num_protected : 0};
+  }
+  __device__ Weighted Weigh(uint32_t i, bool counts) const { return Load(i, counts).weighted; }
+};
+
+// The tokens of one group.
+struct Tokens {
+  const float* scores;
+  Ranks ranks;
+
+  __device__ Weighted Weigh(uint32_t token, bool counts) const {
+    const bool is_protected = Ranks::IsProtected(ranks.WordOf(token), token);
+    return {OrderedScore(scores[token]), counts && !is_protected ? 1 : 0};
+  }
+};
+
+// The block that gives its best tokens.
+struct Cut {
+  int32_t begin;
+  int32_t length;
+  int32_t taken;  // unprotected tokens; 0 = no such block
+  int32_t* out;
+};
+
+struct Shared {
+  SelectShared select;
+  Sums sums[2];
+  int32_t shifts[kSelectWarps][kWarp];
+  Cut cut;
+};
+
+// One warp writes a block's protected tokens, and the first `taken` of the others.
+__device__ void EmitMixed(const Ranks& ranks, int32_t begin, int32_t length, int32_t taken,
+                          int lane, int32_t* out) {
+  const int32_t before = ranks.Before(static_cast<uint32_t>(begin));
+#pragma unroll 4
+  for (int32_t i = lane; i < length; i += kWarp) {
+    const auto token = static_cast<uint32_t>(begin + i);
+    const RankWord word = ranks.WordOf(token);
+    const int32_t num_protected = Ranks::Before(word, token) - before;
+    const int32_t num_free = i - num_protected;
+    if (Ranks::IsProtected(word, token) || num_free < taken) {
+      out[num_protected + min(num_free, taken)] = begin + i;
+    }
   }
 }
 
-// Writes each block's kept tokens; grid (blocks, groups).
-__global__ void __launch_bounds__(kThreads) EmitKernel(Selection s) {
+// One thread block writes the cut block's protected tokens and its best others.
+__device__ void EmitCut(const Tokens& tokens, const Cut& cut, Shared& shared) {
+  const Team alone;
+  const auto begin = static_cast<uint32_t>(cut.begin);
+  const auto length = static_cast<uint32_t>(cut.length);
+  const Run run(alone, begin, begin + length, (length + kThreads - 1) / kThreads * kWarp);
+  const Lines<0, Tokens> lines(tokens, run);
+  const Extent extent = FindExtent(alone, lines, run, shared.select);
+  const Threshold threshold = FindThreshold(alone, lines, extent, cut.taken, run, shared.select);
+  const Sums before = SumTaken(alone, lines, threshold, run, shared.select, shared.sums[0]);
+  int32_t ties = before.second;
+  int32_t place = tokens.ranks.Before(run.first) - tokens.ranks.Before(begin) + before.first +
+                  min(ties, threshold.wanted);
+  for (int line = 0; line < run.num_lines; ++line) {
+    const uint32_t token = run.Index(line);
+    const bool counts = token < run.end;
+    const uint32_t readable = min(token, run.end - 1);
+    const Weighted weighted = tokens.Weigh(readable, counts);
+    const int32_t taken = TakeLine(threshold, weighted, run.lane, ties);
+    const bool kept = counts && (taken > 0 || weighted.weight == 0);  // weightless: protected
+    const unsigned votes = __ballot_sync(kFullWarp, kept);
+    if (kept) {
+      cut.out[place + __popc(votes & ((1U << run.lane) - 1))] = static_cast<int32_t>(token);
+    }
+    place += __popc(votes);
+  }
+}
+
+// What one warp writes of its run.
+struct Emitter {
+  const SelectTokensParams& params;
+  const Blocks& blocks;
+  const Run& run;
+  const Threshold& threshold;
+
+  __device__ Block Load(int line) const {
+    const uint32_t i = run.Index(line);
+    return blocks.Load(min(i, run.end - 1), i < run.end);
+  }
+  // Of a block that gives `taken` of its weight.
+  __device__ int32_t Size(const Block& block, int32_t taken) const {
+    if (!blocks.whole) return block.num_protected + taken;
+    return taken > 0 || block.num_protected > 0 ? block.length : 0;
+  }
+  // Kept tokens of the run; `ties` are those before. All lanes of the warp take part.
+  __device__ int32_t LaneSizes(int32_t ties) const {
+    int32_t size = 0;
+    for (int line = 0; line < run.num_lines; ++line) {
+      const Block block = Load(line);
+      size += Size(block, TakeLine(threshold, block.weighted, run.lane, ties));
+    }
+    return size;
+  }
+  // Returns where the run's tokens end. Requires: the run is not empty.
+  __device__ int32_t* Emit(int32_t ties, Shared& shared, int32_t* out) const {
+    Block next = Load(0);
+#pragma unroll 1
+    for (int line = 0; line < run.num_lines; ++line) {
+      const Block block = next;
+      next = Load(line + 1);
+      const int32_t taken = TakeLine(threshold, block.weighted, run.lane, ties);
+      const int32_t size = Size(block, taken);
+      const int32_t end = InclusiveWarpSum(size, run.lane);
+      const bool is_part = !blocks.whole && taken < block.weighted.weight;
+      const bool is_cut = is_part && taken > 0 && params.token_scores != nullptr;
+      const bool is_mixed = is_part && block.num_protected > 0 && !is_cut;
+      EmitLine(is_cut || is_mixed ? kWrittenElsewhere : block.begin, size, end, run.lane,
+               shared.shifts[run.warp], out);
+      if (is_cut) shared.cut = {block.begin, block.length, taken, out + end - size};
+      for (unsigned mixed = __ballot_sync(kFullWarp, is_mixed); mixed != 0; mixed &= mixed - 1) {
+        const int lane = __ffs(static_cast<int>(mixed)) - 1;
+        EmitMixed(blocks.ranks, __shfl_sync(kFullWarp, block.begin, lane),
+                  __shfl_sync(kFullWarp, block.length, lane), __shfl_sync(kFullWarp, taken, lane),
+                  run.lane, out + __shfl_sync(kFullWarp, end - size, lane));
+      }
+      out += __shfl_sync(kFullWarp, end, kWarp - 1);
+    }
+    return out;
+  }
+};
+
+// Weight to take beyond what is kept in any case.
+__device__ int32_t WantedWeight(const SelectTokensParams& p, int32_t weight) {
+  const int64_t wanted = p.num_whole_blocks > 0 ? p.num_whole_blocks - (p.num_blocks - weight)
+                                                : p.num_kept - (p.num_tokens - weight);
+  return static_cast<int32_t>(max(wanted, int64_t{0}));
+}
+
+// grid (team, groups)
+template <int kHeld>
+__global__ void __launch_bounds__(kThreads)
+    SelectTokensKernel(const __grid_constant__ Selection s) {
+  __shared__ Shared shared;
+  AllowDependents();
   const SelectTokensParams& p = s.params;
-  const int lane = static_cast<int>(threadIdx.x) % s.lanes;
-  const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / s.lanes;
+  const Team team = Team::OfCluster();
   const int64_t group = blockIdx.y;
-  const int64_t row = group * p.num_blocks;
-  const bool valid = block < p.num_blocks;
-  const int32_t begin = valid ? p.block_starts[block] : 0;
-  const int32_t end = valid ? p.block_starts[block + 1] : 0;
-  const int64_t stride = p.num_whole_blocks > 0 ? p.num_tokens : p.num_kept;
-  const int64_t offset = valid ? s.block_offsets[row + block] - s.block_offsets[row] : 0;
-  const int32_t taken = valid ? s.take[row + block] : 0;
-  const bool by_score = p.token_scores != nullptr && valid && s.cut_block[group] == block;
-  const uint32_t cut_score = by_score ? s.cut_score[group] : 0;
-  const int32_t cut_ties = by_score ? s.cut_ties[group] : 0;
-  int32_t* const out = p.kept + group * stride + offset;
-  int32_t num_written = 0;
-  int32_t num_seen = 0;  // unprotected tokens, or tokens of the cut score
-  ForEachToken(begin, end, lane, s.lanes, [&](int32_t t, bool in_block) {
-    const bool is_protected = in_block && p.protected_tokens[t] != 0;
-    const bool is_free = in_block && !is_protected;
-    const uint32_t score =
-        by_score && is_free ? OrderedScore(p.token_scores[group * p.num_tokens + t]) : 0;
-    const bool counts = is_free && (!by_score || score == cut_score);
-    const unsigned counted = GroupBallot(counts, lane, s.lanes);
-    const int32_t order = num_seen + CountBelow(counted, lane);
-    const bool chosen = (counts && order < (by_score ? cut_ties : taken)) ||
-                        (by_score && is_free && score > cut_score);
-    const unsigned kept = GroupBallot(is_protected || chosen, lane, s.lanes);
-    if (is_protected || chosen) out[num_written + CountBelow(kept, lane)] = t;
-    num_seen += __popc(counted);
-    num_written += __popc(kept);
-  });
-  if (valid && lane == 0 && block == p.num_blocks - 1) {
-    p.kept_counts[group] = static_cast<int32_t>(offset + num_written);
+  const bool whole = p.num_whole_blocks > 0;
+  const Blocks blocks = {p.block_scores + group * p.num_blocks, p.block_starts, {s.words}, whole};
+  const Run run(team, 0, static_cast<uint32_t>(p.num_blocks), static_cast<uint32_t>(s.run_blocks));
+  if (threadIdx.x == 0) shared.cut.taken = 0;
+  WaitForEarlierGrids();
+  const Lines<kHeld, Blocks> lines(blocks, run);
+  const Extent extent = FindExtent(team, lines, run, shared.select);
+  const Threshold threshold =
+      FindThreshold(team, lines, extent, WantedWeight(p, extent.weight), run, shared.select);
+  const Sums before = SumTaken(team, lines, threshold, run, shared.select, shared.sums[0]);
+  const Emitter emitter = {p, blocks, run, threshold};
+  int32_t place = before.first + min(before.second, threshold.wanted);
+  if (whole) {  // blocks were counted so far, not their tokens
+    const int32_t size = emitter.LaneSizes(before.second);
+    place = SumBefore(team, {size, 0}, run, shared.select.warp_sums, shared.sums[1]).first;
+  } else if (run.num_lines > 0) {
+    place += blocks.ranks.Before(static_cast<uint32_t>(p.block_starts[run.first]));
   }
-}
-
-// Scratch carved from one allocation.
-class Arena {
- public:
-  int64_t Add(int64_t size_bytes) {
-    const int64_t offset = size_bytes_;
-    size_bytes_ += CeilDiv(std::max<int64_t>(size_bytes, 1), kAlignment) * kAlignment;
-    return offset;
+  team.Arrive();
+  int32_t* const kept = p.kept + group * (whole ? p.num_tokens : p.num_kept);
+  if (run.num_lines > 0) {
+    const int32_t* const end = emitter.Emit(before.second, shared, kept + place);
+    if (run.end == p.num_blocks && run.lane == 0) {
+      p.kept_counts[group] = static_cast<int32_t>(end - kept);
+    }
   }
-  int64_t size_bytes() const { return size_bytes_; }
-
- private:
-  static constexpr int64_t kAlignment = 256;
-  int64_t size_bytes_ = 0;
-};
-
-struct SortBuffers {
-  uint64_t* keys = nullptr;
-  uint64_t* sorted_keys = nullptr;
-  int32_t* blocks = nullptr;
-  int32_t* sorted_blocks = nullptr;
-};
-
-cudaError_t SortBlocks(void* scratch, size_t& scratch_bytes, const SortBuffers& sort, int64_t count,
-                       int end_bit, cudaStream_t stream) {
-  return cub::DeviceRadixSort::SortPairs(scratch, scratch_bytes, sort.keys, sort.sorted_keys,
-                                         sort.blocks, sort.sorted_blocks, count, 0, end_bit,
-                                         stream);
-}
-
-cudaError_t PrefixSum(void* scratch, size_t& scratch_bytes, const int64_t* in, int64_t* out,
-                      int64_t count, cudaStream_t stream) {
-  return cub::DeviceScan::ExclusiveSum(scratch, scratch_bytes, in, out, count, stream);
-}
-
-int LanesPerBlock(const SelectTokensParams& params) {
-  const int64_t mean_length = CeilDiv(params.num_tokens, params.num_blocks);
-  return static_cast<int>(
-      std::bit_ceil(static_cast<uint64_t>(std::clamp<int64_t>(mean_length, 1, kWarp))));
-}
-
-// Bits of a sort key that can differ.
-int KeyBits(const SelectTokensParams& params) {
-  const int whole = params.num_whole_blocks > 0 ? 1 : 0;
-  return kScoreBits + whole + std::bit_width(static_cast<uint32_t>(params.groups - 1));
-}
-
-unsigned GridOf(int64_t threads) { return static_cast<unsigned>(CeilDiv(threads, kThreads)); }
-
-absl::Status Rank(Selection& s, const SortBuffers& sort, void* scratch, size_t scratch_bytes,
-                  cudaStream_t stream) {
-  const SelectTokensParams& p = s.params;
-  const int64_t count = p.groups * p.num_blocks;
-  CountUnprotectedKernel<<<GridOf(p.num_blocks * s.lanes), kThreads, 0, stream>>>(s);
-  if (absl::Status status = LaunchStatus("CountUnprotectedKernel"); !status.ok()) return status;
-  const dim3 grid(GridOf(p.num_blocks), static_cast<unsigned>(p.groups));
-  MakeKeysKernel<<<grid, kThreads, 0, stream>>>(s, sort.keys, sort.blocks);
-  if (absl::Status status = LaunchStatus("MakeKeysKernel"); !status.ok()) return status;
-  absl::Status status =
-      CudaStatus(SortBlocks(scratch, scratch_bytes, sort, count, KeyBits(p), stream), "SortPairs");
-  if (!status.ok()) return status;
-  RankCountsKernel<<<GridOf(count), kThreads, 0, stream>>>(s, count);
-  if (status = LaunchStatus("RankCountsKernel"); !status.ok()) return status;
-  return CudaStatus(PrefixSum(scratch, scratch_bytes, s.rank_counts, s.rank_starts, count, stream),
-                    "ExclusiveSum");
-}
-
-absl::Status TakeAndEmit(const Selection& s, void* scratch, size_t scratch_bytes,
-                         cudaStream_t stream) {
-  const SelectTokensParams& p = s.params;
-  const auto groups = static_cast<unsigned>(p.groups);
-  absl::Status status = CudaStatus(
-      cudaMemsetAsync(s.cut_block, 0xFF, groups * sizeof(int32_t), stream), "cudaMemsetAsync");
-  if (!status.ok()) return status;
-  TakeKernel<<<dim3(GridOf(p.num_blocks), groups), kThreads, 0, stream>>>(s);
-  if (status = LaunchStatus("TakeKernel"); !status.ok()) return status;
-  if (p.num_whole_blocks == 0 && p.token_scores != nullptr) {
-    CutKernel<<<groups, kThreads, 0, stream>>>(s);
-    if (status = LaunchStatus("CutKernel"); !status.ok()) return status;
+  if (p.token_scores != nullptr && !whole) {
+    __syncthreads();
+    const Cut cut = shared.cut;
+    const Tokens tokens = {p.token_scores + group * p.num_tokens, blocks.ranks};
+    if (cut.taken > 0) EmitCut(tokens, cut, shared);
   }
-  status.Update(CudaStatus(PrefixSum(scratch, scratch_bytes, s.block_counts, s.block_offsets,
-                                     p.groups * p.num_blocks, stream),
-                           "ExclusiveSum"));
-  if (!status.ok()) return status;
-  EmitKernel<<<dim3(GridOf(p.num_blocks * s.lanes), groups), kThreads, 0, stream>>>(s);
-  return LaunchStatus("EmitKernel");
+  team.Wait();
+}
+
+// The kernel that holds runs of so many blocks.
+auto KernelOf(int64_t run_blocks) {
+  if (run_blocks <= kSelectFewLines * kWarp) return SelectTokensKernel<kSelectFewLines>;
+  if (run_blocks <= kSelectManyLines * kWarp) return SelectTokensKernel<kSelectManyLines>;
+  return SelectTokensKernel<0>;
+}
+
+cudaLaunchConfig_t ConfigOf(int team_size, int32_t groups, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(team_size), static_cast<unsigned>(groups));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return config;
+}
+
+absl::Status RankProtected(RankArgs args, const Launch& launch) {
+  const int team_size = SelectTeamSize(args.num_words, 1, launch.num_sms, ClusterLimit());
+  args.run_words = static_cast<int32_t>(SelectRunBlocks(args.num_words, team_size));
+  return CudaStatus(
+      LaunchDependent(ConfigOf(team_size, 1, launch.stream), RankKernel, args, team_size),
+      "RankKernel");
 }
 
 }  // namespace
 
 absl::Status SelectTokens(const SelectTokensParams& params, const Launch& launch) {
-  const int64_t count = params.groups * params.num_blocks;
-  if (count == 0) return absl::OkStatus();
-  size_t sort_bytes = 0;
-  size_t scan_bytes = 0;
-  absl::Status status = CudaStatus(
-      SortBlocks(nullptr, sort_bytes, {}, count, KeyBits(params), launch.stream), "SortPairs");
+  if (params.groups == 0 || params.num_blocks == 0) return absl::OkStatus();
+  const int64_t num_words = params.num_tokens / kWordTokens + 1;  // one holds token num_tokens
+  absl::StatusOr<Buffer> words = launch.Scratch(num_words * static_cast<int64_t>(sizeof(RankWord)));
+  if (!words.ok()) return words.status();
+  absl::Status status = RankProtected({.protected_tokens = params.protected_tokens,
+                                       .num_tokens = params.num_tokens,
+                                       .words = words->as<RankWord>(),
+                                       .num_words = static_cast<int32_t>(num_words)},
+                                      launch);
   if (!status.ok()) return status;
-  status.Update(CudaStatus(PrefixSum(nullptr, scan_bytes, nullptr, nullptr, count, launch.stream),
-                           "ExclusiveSum"));
-  if (!status.ok()) return status;
-  const size_t scratch_bytes = std::max(sort_bytes, scan_bytes);
-
-  Arena arena;
-  constexpr auto kInt32 = static_cast<int64_t>(sizeof(int32_t));
-  constexpr auto kInt64 = static_cast<int64_t>(sizeof(int64_t));
-  const int64_t scratch_at = arena.Add(static_cast<int64_t>(scratch_bytes));
-  const int64_t keys_at = arena.Add(count * kInt64);
-  const int64_t sorted_keys_at = arena.Add(count * kInt64);
-  const int64_t blocks_at = arena.Add(count * kInt32);
-  const int64_t sorted_blocks_at = arena.Add(count * kInt32);
-  const int64_t counts_at = arena.Add(count * kInt64);
-  const int64_t unprotected_at = arena.Add(params.num_blocks * kInt32);
-  const int64_t cuts_at = arena.Add(3 * params.groups * kInt32);
-  absl::StatusOr<Buffer> memory = launch.Scratch(arena.size_bytes());
-  if (!memory.ok()) return memory.status();
-  std::byte* const base = memory->data();
-  const auto int32_at = [base](int64_t at) { return reinterpret_cast<int32_t*>(base + at); };
-  const auto int64_at = [base](int64_t at) { return reinterpret_cast<int64_t*>(base + at); };
-
-  const SortBuffers sort = {.keys = reinterpret_cast<uint64_t*>(base + keys_at),
-                            .sorted_keys = reinterpret_cast<uint64_t*>(base + sorted_keys_at),
-                            .blocks = int32_at(blocks_at),
-                            .sorted_blocks = int32_at(sorted_blocks_at)};
-  // Keys are done with once sorted; their memory holds counts and prefix sums. Sums over ranks are
-  // done with once every block knows what it gives; sums over blocks take their place.
-  Selection selection = {
-      .params = params,
-      .lanes = LanesPerBlock(params),
-      .unprotected = int32_at(unprotected_at),
-      .rank_counts = int64_at(keys_at),
-      .rank_starts = int64_at(sorted_keys_at),
-      .by_rank = sort.sorted_blocks,
-      .take = sort.blocks,
-      .block_counts = int64_at(counts_at),
-      .block_offsets = int64_at(sorted_keys_at),
-      .cut_block = int32_at(cuts_at),
-      .cut_score = reinterpret_cast<uint32_t*>(int32_at(cuts_at) + params.groups),
-      .cut_ties = int32_at(cuts_at) + 2 * params.groups,
-  };
-  status.Update(Rank(selection, sort, base + scratch_at, scratch_bytes, launch.stream));
-  if (!status.ok()) return status;
-  return TakeAndEmit(selection, base + scratch_at, scratch_bytes, launch.stream);
+  const int team_size =
+      SelectTeamSize(params.num_blocks, params.groups, launch.num_sms, ClusterLimit());
+  const int64_t run_blocks = SelectRunBlocks(params.num_blocks, team_size);
+  const Selection selection = {.params = params,
+                               .words = words->as<RankWord>(),
+                               .run_blocks = static_cast<int32_t>(run_blocks)};
+  return CudaStatus(LaunchDependent(ConfigOf(team_size, params.groups, launch.stream),
+                                    KernelOf(run_blocks), selection, team_size),
+                    "SelectTokensKernel");
 }
 
 }  // namespace dynsplit::kernels

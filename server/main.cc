@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // dynsplitd: the compression server. The only file that knows every part.
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +12,8 @@
 #include <memory>
 #include <sstream>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "CLI/CLI.hpp"
 #include "absl/status/status.h"
@@ -90,11 +93,33 @@ absl::StatusOr<ServerConfig> LoadConfig(const Invocation& invocation) {
   return config;
 }
 
-absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const ServerConfig& config) {
+using Backends = std::vector<std::unique_ptr<Backend>>;
+
+// One for each of so many equal shares; 0 stays "the backend's own".
+int64_t ShareOf(int64_t whole, size_t num_devices) {
+  return whole == 0 ? 0 : std::max<int64_t>(whole / static_cast<int64_t>(num_devices), 1);
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateCpuShare(const ServerConfig& config,
+                                                        size_t num_devices) {
+  if (num_devices == 1) {
+    return CreateCpuBackend(
+        {.num_threads = config.threads, .memory_limit_bytes = config.device_memory_bytes});
+  }
+  const auto processors = static_cast<int32_t>(std::thread::hardware_concurrency());
+  const int64_t threads =
+      ShareOf(config.threads == 0 ? std::max(processors, 1) : config.threads, num_devices);
+  return CreateCpuBackend({.num_threads = static_cast<int>(threads),
+                           .memory_limit_bytes = ShareOf(config.device_memory_bytes, num_devices)});
+}
+
+absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const ServerConfig& config,
+                                                       [[maybe_unused]] int32_t number,
+                                                       size_t num_devices) {
 #ifdef DYNSPLIT_HAVE_CUDA
-  const int num_devices = config.backend == "cpu" ? 0 : CudaDeviceCount();
-  if (num_devices > 0) {
-    return CreateCudaBackend({.device = config.device,
+  const int num_cuda_devices = config.backend == "cpu" ? 0 : CudaDeviceCount();
+  if (num_cuda_devices > 0) {
+    return CreateCudaBackend({.device = number,
                               .memory_limit_bytes = config.device_memory_bytes,
                               .pinned_limit_bytes = config.pinned_memory_bytes});
   }
@@ -103,8 +128,25 @@ absl::StatusOr<std::unique_ptr<Backend>> CreateBackend(const ServerConfig& confi
     return absl::FailedPreconditionError(
         "option backend is 'cuda'; this build or this machine has no CUDA device");
   }
-  return CreateCpuBackend(
-      {.num_threads = config.threads, .memory_limit_bytes = config.device_memory_bytes});
+  return CreateCpuShare(config, num_devices);
+}
+
+absl::StatusOr<Backends> CreateBackends(const ServerConfig& config) {
+  std::vector<int32_t> numbers = {config.device};
+  if (!config.devices.empty()) numbers = *ParseDevices(config.devices);  // validated
+  Backends backends;
+  for (const int32_t number : numbers) {
+    absl::StatusOr<std::unique_ptr<Backend>> backend =
+        CreateBackend(config, number, numbers.size());
+    if (!backend.ok()) return backend.status();
+    const BackendInfo& info = (*backend)->info();
+    Log(LogLevel::kInfo, "backend",
+        {{"backend", std::string_view(info.name)},
+         {"device", std::string_view(info.device)},
+         {"memory_bytes", info.memory_bytes}});
+    backends.push_back(*std::move(backend));
+  }
+  return backends;
 }
 
 void LogConfig(const ServerConfig& config) {
@@ -115,7 +157,7 @@ void LogConfig(const ServerConfig& config) {
   }
 }
 
-// Waits for SIGTERM or SIGINT (0), or for the device to fail (1).
+// Waits for SIGTERM or SIGINT (0), or for the last device to fail (1).
 int WaitForEnd(const sigset_t& signals, const rpc::Server& server) {
   constexpr timespec kPeriod = {.tv_sec = 0, .tv_nsec = 250'000'000};
   while (true) {
@@ -128,9 +170,19 @@ int WaitForEnd(const sigset_t& signals, const rpc::Server& server) {
   }
 }
 
-int Serve(const ServerConfig& config, std::unique_ptr<Backend> backend, const sigset_t& signals) {
+int RunSelfTest(const Backends& backends) {
+  for (const std::unique_ptr<Backend>& backend : backends) {
+    const absl::Status status = SelfTest(*backend);
+    std::cout << (status.ok() ? absl::StrCat("self-test passed on ", backend->info().name, "\n")
+                              : absl::StrCat(status.message(), "\n"));
+    if (!status.ok()) return kExitFailed;
+  }
+  return 0;
+}
+
+int Serve(const ServerConfig& config, Backends backends, const sigset_t& signals) {
   absl::StatusOr<std::unique_ptr<rpc::Server>> server =
-      rpc::Server::Start(config, std::move(backend), kVersion);
+      rpc::Server::Start(config, std::move(backends), kVersion);
   if (!server.ok()) {
     Log(LogLevel::kError, "cannot start", {{"error", Text(server.status())}});
     return kExitFailed;
@@ -179,24 +231,14 @@ int Main(int argc, char** argv) {
     return 0;
   }
   if (!SetLogLevel(std::string_view(config->log_level)).ok()) return kExitConfig;
-  absl::StatusOr<std::unique_ptr<Backend>> backend = CreateBackend(*config);
-  if (!backend.ok()) {
-    std::cerr << "dynsplitd: " << backend.status().message() << "\n";
+  absl::StatusOr<Backends> backends = CreateBackends(*config);
+  if (!backends.ok()) {
+    std::cerr << "dynsplitd: " << backends.status().message() << "\n";
     return kExitFailed;
   }
-  const BackendInfo& info = (*backend)->info();
-  Log(LogLevel::kInfo, "backend",
-      {{"backend", std::string_view(info.name)},
-       {"device", std::string_view(info.device)},
-       {"memory_bytes", info.memory_bytes}});
-  if (invocation.self_test) {
-    const absl::Status status = SelfTest(**backend);
-    std::cout << (status.ok() ? absl::StrCat("self-test passed on ", info.name, "\n")
-                              : absl::StrCat(status.message(), "\n"));
-    return status.ok() ? 0 : kExitFailed;
-  }
+  if (invocation.self_test) return RunSelfTest(*backends);
   LogConfig(*config);
-  return Serve(*config, *std::move(backend), signals);
+  return Serve(*config, *std::move(backends), signals);
 }
 
 }  // namespace

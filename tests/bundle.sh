@@ -3,7 +3,7 @@
 #
 # Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, the engine library, shared
 # libraries (all but glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host:
-# unpack it, run tests/gpu.sh.
+# unpack it, run tests/gpu.sh. LEAVE_OUT="bench_cpu" leaves benchmarks out (that one brings 11 MB of OpenBLAS).
 #   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -13,13 +13,17 @@ bundle=$(mktemp -d)
 trap 'rm -rf "$bundle"' EXIT
 mkdir -p "$bundle/bin" "$bundle/lib" "$bundle/tests/data"
 
-for name in gpu_tests bench_gpu bench_decode bench_select dynsplitd dynsplit; do
+for name in gpu_tests dynsplitd dynsplit; do
   path=$(find "$build" -type f -executable -name "$name" | head -n 1)
   if [ -z "$path" ]; then
     echo "bundle.sh: $name is not built in $build" >&2
-    case $name in gpu_tests | bench_*) exit 1 ;; *) continue ;; esac
+    case $name in gpu_tests) exit 1 ;; *) continue ;; esac
   fi
   strip -o "$bundle/bin/$name" "$path"
+done
+find "$build/tests/bench" -maxdepth 1 -type f -executable -name 'bench_*' | while read -r path; do
+  case " ${LEAVE_OUT:-} " in *" $(basename "$path") "*) continue ;; esac
+  strip -o "$bundle/bin/$(basename "$path")" "$path"
 done
 engine=$(find "$build" -name libdynsplit_engine.so | head -n 1)
 if [ -z "$engine" ]; then
@@ -35,7 +39,8 @@ ldd "$bundle"/bin/* | awk '$2 == "=>" && $3 ~ /^\// {print $3}' | sort -u |
 done
 mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
 cp tests/gpu.sh tests/service_parity.sh tests/mps.sh "$bundle/tests/"
-cp tests/bench/select.sh "$bundle/tests/bench/"
+cp tests/bench/*.sh tests/bench/*.py "$bundle/tests/bench/"
+git describe --always --dirty >"$bundle/REVISION" 2>/dev/null || rm -f "$bundle/REVISION"
 cp tests/judges/compare_results.py tests/judges/compare_sessions.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"
 rm -rf "$target"

@@ -9,7 +9,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 out=${OUT:-.}
-steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench decode select}
+steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench}
 mkdir -p "$out"
 
 # Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
@@ -44,14 +44,13 @@ step tests 300 bin/gpu_tests --gtest_brief=1
 step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
 for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
 sanitize racecheck 280 "$race"
-step bench 200 bin/bench_gpu
-step decode 200 bin/bench_decode
-step select 280 tests/bench/select.sh bin/dynsplitd bin/bench_select --ipc --tokens 131072 --layers 32
+# BENCHES="gpu decode" runs a part of the benchmarks, PEER_WHEELS names kvpress' folder (tests/bench/run.sh).
+step bench 1800 tests/bench/run.sh bin "$out/bench"
 
 if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -20 | cut -c 1-100; fi
 for name in "${names[@]}"; do
   case $name in
-    bench | decode | select) printf '== %s\n' "$name"; head -n 60 "$out/$name.log" | cut -c 1-150 ;;
+    bench) printf '== %s\n' "$name"; cut -c 1-170 "$out/$name.log" ;;
     service) tail -n 8 "$out/service.log" | cut -c 1-150 ;;
     *) tail -n 2 "$out/$name.log" | cut -c 1-150 | sed "s/^/$name: /" ;;
   esac

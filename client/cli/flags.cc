@@ -150,7 +150,8 @@ void ConnectionFlags::AddTo(CLI::App& app) {
       ->check(CLI::Range(4, 3072))
       ->capture_default_str()
       ->group(kGroup);
-  app.add_option("--channels", num_channels, "Connections")
+  app.add_option("--streams,--channels", num_channels,
+                 "Connections, and streams of one large request; 4 pay across hosts")
       ->check(CLI::Range(1, 64))
       ->capture_default_str()
       ->group(kGroup);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sys/mman.h>
+
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
@@ -12,15 +14,23 @@
 
 namespace dynsplit {
 
-// Owned, uninitialised host memory, aligned for any vector load. Move-only.
+// Owned, uninitialised host memory, aligned for any vector load. Move-only. Large ones ask for huge
+// pages: filling fresh small ones costs several times what copying into them does.
 class AlignedBuffer {
  public:
   static constexpr size_t kAlignment = 64;
+  static constexpr size_t kHugePage = size_t{2} << 20;
 
   // RESOURCE_EXHAUSTED when there is no memory.
   static absl::StatusOr<AlignedBuffer> Allocate(size_t size) {
+    const size_t alignment = size >= kHugePage ? kHugePage : kAlignment;
     const size_t padded = (size + kAlignment - 1) / kAlignment * kAlignment;
-    void* data = std::aligned_alloc(kAlignment, padded);
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, padded) != 0) data = nullptr;
+    // Whole huge pages only, so that no more memory is taken than was asked for.
+    if (data != nullptr && size >= kHugePage) {
+      madvise(data, size / kHugePage * kHugePage, MADV_HUGEPAGE);
+    }
     if (data == nullptr && padded > 0) {
       return absl::ResourceExhaustedError(absl::StrCat("no memory for ", size, " bytes"));
     }

@@ -9,13 +9,12 @@
 #include <algorithm>
 #include <functional>
 #include <optional>
+#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "client/cpp/request_frames.h"
-#include "client/cpp/result_assembler.h"
-#include "client/cpp/stream_call.h"
+#include "client/cpp/conversation.h"
 #include "dynsplit/v1/info.grpc.pb.h"
 #include "dynsplit/v1/memory.grpc.pb.h"
 #include "dynsplit/v1/sessions.grpc.pb.h"
@@ -27,6 +26,10 @@ namespace {
 
 constexpr size_t kMinChunkBytes = 4096;
 constexpr int kMaxChannels = 64;
+constexpr int32_t kMaxShards = 16;
+// Fewer bytes are not worth another stream.
+constexpr int64_t kMinShardBytes = int64_t{4} << 20;
+constexpr char kFetchMethod[] = "/dynsplit.v1.Sessions/Fetch";
 
 // gRPC shuts down with its last object, and then waits for a poller of its own that sleeps up to
 // 10 s once a write has had to wait for the socket (seen with 1.51). So it stays initialised until
@@ -66,6 +69,11 @@ class SliceGuard {
 };
 
 absl::Status CheckJob(const CompressJob& job) {
+  if (job.partial != nullptr && job.begin.has_output()) {
+    return absl::InvalidArgumentError(
+        "partial and begin.output are set; results in a region are "
+        "not lost with the stream");
+  }
   for (size_t i = 0; i < job.tensors.size(); ++i) {
     if (job.tensors[i].bytes.empty()) {
       return absl::InvalidArgumentError(absl::StrCat("tensors[", i, "] has no bytes"));
@@ -74,47 +82,20 @@ absl::Status CheckJob(const CompressJob& job) {
   return absl::OkStatus();
 }
 
-// Reads to the end of the call; the result's own errors come before the call's.
-absl::StatusOr<CompressResult> Converse(StreamCall& call, RequestFrames& frames,
-                                        grpc::ClientContext& context, const CompressJob& job,
-                                        const ClientOptions& options) {
-  ResultAssembler assembler(job, options.max_result_bytes);
-  absl::Status status;
-  grpc::ByteBuffer message;
-  while (call.Read(message)) {
-    if (!status.ok()) continue;  // cancelled: only drains
-    const bool was_accepted = assembler.accepted();
-    const auto frame = wire::ParseFrame(std::move(message), wire::kMaxChunkDataBytes);
-    status = frame.ok() ? assembler.Take(*frame)
-                        : absl::InternalError(absl::StrCat("server broke the protocol: ",
-                                                           frame.status().message()));
-    if (!status.ok()) {
-      context.TryCancel();
-      continue;
-    }
-    if (!was_accepted) {
-      const int32_t limit = assembler.result().accepted.max_chunk_bytes();
-      frames.set_chunk_bytes(limit > 0 ? std::min(options.chunk_bytes, static_cast<size_t>(limit))
-                                       : options.chunk_bytes);
-      call.SendChunks();
-    }
-    if (job.on_progress) {
-      job.on_progress({frames.sent_bytes(), frames.total_bytes(), assembler.result().received_bytes,
-                       assembler.num_layers()});
-    }
+// A name that no other request has, for joining its shards.
+std::string RandomRequestId() {
+  std::random_device random;
+  std::string id;
+  for (int i = 0; i < 4; ++i) absl::StrAppend(&id, absl::Hex(random(), absl::kZeroPad8));
+  return id;
+}
+
+int64_t StreamedBytes(const CompressJob& job) {
+  int64_t bytes = 0;
+  for (const InputTensor& tensor : job.tensors) {
+    if (!tensor.region.has_value()) bytes += static_cast<int64_t>(tensor.bytes.size());
   }
-  const grpc::Status finished = call.Finish();
-  if (status.ok() && !finished.ok()) status = wire::ToAbsl(finished);
-  if (status.ok()) {
-    absl::StatusOr<CompressResult> result = assembler.Finish();
-    if (result.ok()) {
-      result->sent_bytes = frames.sent_bytes();
-      return result;
-    }
-    status = result.status();
-  }
-  assembler.SavePartial();
-  return status;
+  return bytes;
 }
 
 }  // namespace
@@ -164,10 +145,23 @@ std::shared_ptr<grpc::Channel> Client::NextChannel() {
   return channels_[next_channel_.fetch_add(1, std::memory_order_relaxed) % channels_.size()];
 }
 
-void Client::Prepare(grpc::ClientContext& context, absl::Duration timeout) const {
-  if (timeout != absl::InfiniteDuration()) {
-    context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+void Client::Prepare(grpc::ClientContext& context, absl::Time deadline) const {
+  if (deadline != absl::InfiniteFuture()) context.set_deadline(absl::ToChronoTime(deadline));
+}
+
+int32_t Client::ChooseShards(const std::string& method, const CompressJob& job) {
+  // What Fetch brings back is not known here, but is why it is called.
+  const int64_t worth = method == kFetchMethod ? kMaxShards : StreamedBytes(job) / kMinShardBytes;
+  const int64_t wanted = std::min<int64_t>({options_.num_channels, worth, kMaxShards});
+  if (wanted <= 1) return 1;
+  int32_t most = max_shards_.load(std::memory_order_relaxed);
+  if (most == 0) {
+    const absl::StatusOr<v1::ServerInfo> info = GetServerInfo();
+    if (!info.ok()) return 1;  // the call itself will tell what is wrong
+    most = std::max(1, info->capabilities().max_shards());
+    max_shards_.store(most, std::memory_order_relaxed);
   }
+  return static_cast<int32_t>(std::min<int64_t>(wanted, most));
 }
 
 absl::StatusOr<CompressResult> Client::Run(const std::string& method, const CompressJob& job) {
@@ -176,14 +170,31 @@ absl::StatusOr<CompressResult> Client::Run(const std::string& method, const Comp
   SliceGuard guard;
   absl::StatusOr<CompressResult> result;
   {
-    grpc::ClientContext context;
-    Prepare(context, job.timeout.value_or(options_.timeout));
-    RequestFrames frames(job, guard.MakeLease(job.owner));
-    grpc::GenericStub stub(NextChannel());
-    StreamCall call(stub, context, method, frames.Begin(options_.chunk_bytes), frames);
-    if (job.cancellation != nullptr) job.cancellation->Attach(&context);
-    result = Converse(call, frames, context, job, options_);
-    if (job.cancellation != nullptr) job.cancellation->Detach(&context);
+    const int32_t num_shards = ChooseShards(method, job);
+    std::vector<std::unique_ptr<grpc::ClientContext>> contexts;
+    Conversation conversation(
+        job,
+        {.method = method,
+         .request_id = job.begin.request_id().empty() ? RandomRequestId() : job.begin.request_id(),
+         .num_shards = num_shards,
+         .chunk_bytes = options_.chunk_bytes,
+         .max_result_bytes = options_.max_result_bytes},
+        guard.MakeLease(job.owner));
+    // Side by side, whatever other calls take meanwhile.
+    const uint32_t first_channel =
+        next_channel_.fetch_add(static_cast<uint32_t>(num_shards), std::memory_order_relaxed);
+    for (int32_t i = 0; i < num_shards; ++i) {
+      grpc::ClientContext& context =
+          *contexts.emplace_back(std::make_unique<grpc::ClientContext>());
+      Prepare(context, start + job.timeout.value_or(options_.timeout));
+      conversation.AddShard(
+          channels_[(first_channel + static_cast<uint32_t>(i)) % channels_.size()], context);
+      if (job.cancellation != nullptr) job.cancellation->Attach(&context);
+    }
+    result = conversation.Run();
+    for (const auto& context : contexts) {
+      if (job.cancellation != nullptr) job.cancellation->Detach(context.get());
+    }
   }
   guard.WaitUntilReleased();
   if (result.ok()) result->elapsed = absl::Now() - start;
@@ -212,7 +223,7 @@ absl::StatusOr<Response> Client::Unary(grpc::Status (Stub::*method)(grpc::Client
                                        const Request& request) {
   Stub stub(NextChannel());
   grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
+  Prepare(context, absl::Now() + options_.control_timeout);
   Response response;
   const grpc::Status status = (stub.*method)(&context, request, &response);
   if (!status.ok()) return wire::ToAbsl(status);
@@ -258,7 +269,7 @@ absl::StatusOr<CompressResult> Client::AppendSession(const CompressJob& job) {
 }
 
 absl::StatusOr<CompressResult> Client::FetchSession(const CompressJob& job) {
-  return Run("/dynsplit.v1.Sessions/Fetch", job);
+  return Run(kFetchMethod, job);
 }
 
 absl::StatusOr<v1::SelectResponse> Client::Select(const v1::SelectRequest& request) {
@@ -295,6 +306,10 @@ absl::Status Client::UnregisterRegion(const v1::UnregisterRegionRequest& request
   return Unary(&v1::Memory::Stub::Unregister, request).status();
 }
 
+absl::StatusOr<std::unique_ptr<RegionOwner>> Client::AttachRegionOwner() {
+  return RegionOwner::Attach(NextChannel(), options_.control_timeout);
+}
+
 absl::StatusOr<v1::ListRegionsResponse> Client::ListRegions() {
   return Unary(&v1::Memory::Stub::List, v1::ListRegionsRequest());
 }
@@ -304,7 +319,7 @@ absl::Status Client::CheckHealth() {
   constexpr std::string_view kServing = "\x08\x01";
   grpc::GenericStub stub(NextChannel());
   grpc::ClientContext context;
-  Prepare(context, options_.control_timeout);
+  Prepare(context, absl::Now() + options_.control_timeout);
   grpc::CompletionQueue queue;
   const grpc::Slice nothing;
   const grpc::ByteBuffer request(&nothing, 1);

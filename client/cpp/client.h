@@ -31,6 +31,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "client/cpp/job.h"
+#include "client/cpp/region_owner.h"
 #include "dynsplit/v1/info.pb.h"
 #include "dynsplit/v1/memory.pb.h"
 #include "dynsplit/v1/sessions.pb.h"
@@ -51,7 +52,10 @@ struct ClientOptions {
   absl::Duration control_timeout = absl::Seconds(10);
   // Data bytes of one chunk, sent and asked for. Range [4096, 3 MiB]; the server may demand less.
   size_t chunk_bytes = wire::kDefaultChunkDataBytes;
-  // Connections that calls are spread over. Range [1, 64]. More pay across hosts.
+  // Connections that calls are spread over. Range [1, 64]. A stream call with much to send is
+  // itself spread, as one stream a connection, where the server takes that; begin.request_id, if
+  // set, must then be unlike that of any call under way. One is best on the server's host, 4 across
+  // hosts.
   int num_channels = 1;
   // Most tensor bytes accepted in one response.
   int64_t max_result_bytes = int64_t{64} << 30;
@@ -123,6 +127,8 @@ class Client {
   absl::StatusOr<v1::RegisterRegionResponse> RegisterRegion(
       const v1::RegisterRegionRequest& request);
   absl::Status UnregisterRegion(const v1::UnregisterRegionRequest& request);
+  // What regions can be bound to; holds a stream open.
+  absl::StatusOr<std::unique_ptr<RegionOwner>> AttachRegionOwner();
   absl::StatusOr<v1::ListRegionsResponse> ListRegions();
 
   // grpc.health.v1 Check of the whole server: OK when it serves, UNAVAILABLE when it answers
@@ -136,7 +142,9 @@ class Client {
       : target_(std::move(target)), options_(options) {}
 
   std::shared_ptr<grpc::Channel> NextChannel();
-  void Prepare(grpc::ClientContext& context, absl::Duration timeout) const;
+  void Prepare(grpc::ClientContext& context, absl::Time deadline) const;
+  // Streams that the job is sent as.
+  int32_t ChooseShards(const std::string& method, const CompressJob& job);
   absl::StatusOr<CompressResult> Run(const std::string& method, const CompressJob& job);
   template <typename Stub, typename Request, typename Response>
   absl::StatusOr<Response> Unary(grpc::Status (Stub::*method)(grpc::ClientContext*, const Request&,
@@ -147,6 +155,7 @@ class Client {
   const ClientOptions options_;
   std::vector<std::shared_ptr<grpc::Channel>> channels_;  // constant after Connect
   std::atomic<uint32_t> next_channel_{0};
+  std::atomic<int32_t> max_shards_{0};  // that the server takes; 0 = not asked yet
 };
 
 }  // namespace dynsplit

@@ -76,7 +76,8 @@ struct Progress {
 // their order here.
 struct CompressJob {
   // begin.tensors is made from `tensors`; begin.max_chunk_bytes from the client's options. All else
-  // is sent as it is (shape, policy, rope, plan, calibration, ...).
+  // is sent as it is (shape, policy, rope, plan, calibration, ...). With begin.output, layers have
+  // no `tensors`; result.tensors() says where each lies (PlacedBytes in shared_memory.h views it).
   v1::Begin begin;
   std::vector<InputTensor> tensors;
 
@@ -93,9 +94,9 @@ struct CompressJob {
   std::function<void(const Progress&)> on_progress;
   // Optional; outlives the call.
   Cancellation* cancellation = nullptr;
-  // FetchSession only; outlives the call, which sets begin.target.resume from it. Left empty by a
-  // call that succeeds. FAILED_PRECONDITION where the session has been appended to meanwhile: begin
-  // anew with an empty one.
+  // FetchSession without begin.output only; outlives the call, which sets begin.target.resume from
+  // it. Left empty by a call that succeeds. FAILED_PRECONDITION where the session has been appended
+  // to meanwhile: begin anew with an empty one.
   PartialFetch* partial = nullptr;
   // Longest duration of the call. Default: ClientOptions::timeout.
   std::optional<absl::Duration> timeout;

@@ -27,23 +27,40 @@ void SetResume(const PartialFetch& partial, v1::SessionTarget& target) {
 
 }  // namespace
 
-RequestFrames::RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease)
-    : job_(job), lease_(std::move(lease)), order_(job.tensors.size()) {
+RequestFrames::RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease,
+                             ShardOf shard)
+    : job_(job), lease_(std::move(lease)), shard_(shard), order_(job.tensors.size()) {
   std::iota(order_.begin(), order_.end(), uint32_t{0});
   std::stable_sort(order_.begin(), order_.end(), [&job](uint32_t a, uint32_t b) {
     return job.tensors[a].layer.value_or(-1) < job.tensors[b].layer.value_or(-1);
   });
+  std::vector<int64_t> bytes(static_cast<size_t>(shard.count));
   for (const uint32_t index : order_) {
     if (job.tensors[index].region.has_value()) continue;
-    sent_.push_back(index);
-    total_bytes_ += static_cast<int64_t>(job.tensors[index].bytes.size());
+    const auto size = static_cast<int64_t>(job.tensors[index].bytes.size());
+    const auto least = std::min_element(bytes.begin(), bytes.end());
+    if (least - bytes.begin() == shard.index) sent_.push_back(index);
+    *least += size;
+    total_bytes_ += size;
   }
 }
 
-grpc::ByteBuffer RequestFrames::Begin(size_t max_response_chunk_bytes) const {
+grpc::ByteBuffer RequestFrames::Begin(size_t max_response_chunk_bytes,
+                                      const std::string& request_id) const {
   v1::CompressRequest request;
   v1::Begin& begin = *request.mutable_begin();
-  begin = job_.begin;
+  if (shard_.index == 0) begin = job_.begin;
+  if (shard_.count > 1) {
+    begin.set_request_id(request_id);
+    begin.set_tenant(job_.begin.tenant());
+    begin.set_shard_index(shard_.index);
+    begin.set_num_shards(shard_.count);
+    // Keys and values of as many layers as the shards bring side by side, and one more.
+    if (shard_.index == 0 && begin.max_open_layers() == 0 && begin.shape().num_layers() > 0) {
+      begin.set_max_open_layers(std::min(begin.shape().num_layers(), 2 + (shard_.count - 1) / 2));
+    }
+  }
+  if (shard_.index > 0) return wire::EncodeMessage(request);
   begin.set_max_chunk_bytes(static_cast<int32_t>(max_response_chunk_bytes));
   begin.clear_tensors();
   if (job_.partial != nullptr) SetResume(*job_.partial, *begin.mutable_target());

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "client/cpp/job.h"
@@ -14,19 +15,28 @@
 
 namespace dynsplit {
 
-// The client's side of a compression stream as frames: begin, the chunks, end. One thread at a
-// time; sent_bytes may be read from any.
+// Which of the streams of a request.
+struct ShardOf {
+  int32_t index = 0;
+  int32_t count = 1;
+};
+
+// The client's side of a compression stream as frames: begin, the chunks, end. Of several streams
+// each sends whole tensors, about as many bytes as the others. One thread at a time; sent_bytes may
+// be read from any.
 class RequestFrames {
  public:
   // `job` outlives the object. `lease` is what the slices in flight keep.
-  RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease);
+  RequestFrames(const CompressJob& job, std::shared_ptr<const void> lease, ShardOf shard = {});
 
-  grpc::ByteBuffer Begin(size_t max_response_chunk_bytes) const;
+  // `request_id` is what the shards of several are joined by, and replaces the job's.
+  grpc::ByteBuffer Begin(size_t max_response_chunk_bytes, const std::string& request_id) const;
   // Size of the chunks to come. Before the first Next.
   void set_chunk_bytes(size_t chunk_bytes) { chunk_bytes_ = chunk_bytes; }
   // False after the end message.
   bool Next(grpc::ByteBuffer& frame);
 
+  // Of all shards.
   int64_t total_bytes() const { return total_bytes_; }
   int64_t sent_bytes() const { return sent_bytes_.load(std::memory_order_relaxed); }
 
@@ -35,6 +45,7 @@ class RequestFrames {
 
   const CompressJob& job_;
   const std::shared_ptr<const void> lease_;
+  const ShardOf shard_;
   std::vector<uint32_t> order_;  // indices of job_.tensors; ids are index + 1
   std::vector<uint32_t> sent_;   // those of order_ that travel in the stream
   int64_t total_bytes_ = 0;

@@ -15,6 +15,18 @@ absl::Status Protocol(const Parts&... parts) {
   return absl::InternalError(absl::StrCat("server broke the protocol: ", parts...));
 }
 
+// The tensor lies in the room that the request offered.
+bool IsPlaced(const v1::TensorDescriptor& descriptor, const v1::Begin& begin) {
+  const v1::RegionSlice& place = descriptor.location().region();
+  const v1::RegionSlice& room = begin.output().region();
+  const int64_t size = begin.output().byte_size();
+  return begin.has_output() && place.name() == room.name() &&
+         place.generation() == room.generation() && place.offset_bytes() >= room.offset_bytes() &&
+         descriptor.byte_size() >= 1 &&
+         (size == 0 ||
+          descriptor.byte_size() <= size - (place.offset_bytes() - room.offset_bytes()));
+}
+
 }  // namespace
 
 const OutputTensor* FindTensor(absl::Span<const OutputTensor> tensors, v1::TensorKind kind) {
@@ -68,6 +80,10 @@ void ResultAssembler::SavePartial() {
 absl::Status ResultAssembler::Take(const wire::Frame& frame) {
   if (ended_) return Protocol("message after the end");
   return frame.is_chunk() ? TakeChunk(frame) : TakeControl(frame);
+}
+
+bool ResultAssembler::Expects(const wire::Frame& frame) const {
+  return frame.is_chunk() ? open_.contains(frame.header().tensor) : open_.empty();
 }
 
 absl::Status ResultAssembler::TakeControl(const wire::Frame& frame) {
@@ -153,7 +169,12 @@ absl::Status ResultAssembler::Announce(
   tensors.reserve(static_cast<size_t>(descriptors.size()));  // open_ points into it
   for (const v1::TensorDescriptor& descriptor : descriptors) {
     const int64_t size = descriptor.byte_size();
-    if (descriptor.has_location()) continue;  // not in this stream
+    if (descriptor.has_location()) {  // not in this stream
+      if (!IsPlaced(descriptor, job_.begin)) {
+        return Protocol("tensor ", descriptor.id(), " is not where begin.output wants it");
+      }
+      continue;
+    }
     if (size < 1) return Protocol("tensor ", descriptor.id(), " has ", size, " bytes");
     if (size > max_result_bytes_ - announced_bytes_) {
       return absl::ResourceExhaustedError(

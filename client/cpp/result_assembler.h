@@ -24,6 +24,9 @@ class ResultAssembler {
   // Takes the next message. INTERNAL where the grammar forbids it, DATA_LOSS on a checksum,
   // RESOURCE_EXHAUSTED beyond max_result_bytes or memory, or what on_layer returned.
   absl::Status Take(const wire::Frame& frame);
+  // Whether Take could take the frame now: streams of one request are not ordered among each other,
+  // so a chunk may come before its announcement, and an announcement before all chunks of the last.
+  bool Expects(const wire::Frame& frame) const;
 
   bool accepted() const { return accepted_; }
   int32_t num_layers() const { return num_layers_; }

@@ -49,10 +49,8 @@ bool TokenIsFinite(const TensorView& view, int64_t token) {
   return true;
 }
 
-}  // namespace
-
-absl::Status CheckFinite(const CheckFiniteParams& params, const Workspace& workspace) {
-  const TensorView& view = params.tensor;
+void CheckTensor(const CheckFiniteItem& item, const Workspace& workspace) {
+  const TensorView& view = item.tensor;
   const int64_t token_bytes = view.num_heads * view.head_dim * DTypeBytes(view.dtype);
   const int64_t tokens = std::max<int64_t>(1, kChunkBytes / token_bytes);
   std::atomic<int64_t> first_bad{view.num_tokens};
@@ -75,7 +73,13 @@ absl::Status CheckFinite(const CheckFiniteParams& params, const Workspace& works
       return;
     }
   });
-  *params.first_bad_token = static_cast<int32_t>(first_bad.load(std::memory_order_relaxed));
+  *item.first_bad_token = static_cast<int32_t>(first_bad.load(std::memory_order_relaxed));
+}
+
+}  // namespace
+
+absl::Status CheckFinite(const CheckFiniteParams& params, const Workspace& workspace) {
+  for (const CheckFiniteItem& item : params.items) CheckTensor(item, workspace);
   return absl::OkStatus();
 }
 

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <thread>
 #include <utility>
@@ -27,6 +28,17 @@ constexpr int64_t kCopyChunkBytes = int64_t{1} << 20;
 class CpuStream final : public Stream {
  public:
   absl::Status Synchronize() override { return absl::OkStatus(); }
+  int64_t Mark() override {
+    marks_[static_cast<size_t>(next_mark_ % kMaxMarks)] = Clock::now();
+    return next_mark_++;
+  }
+  Clock::time_point TimeOf(int64_t mark) override {
+    return marks_[static_cast<size_t>(mark % kMaxMarks)];
+  }
+
+ private:
+  std::array<Clock::time_point, kMaxMarks> marks_;
+  int64_t next_mark_ = 0;
 };
 
 class CpuBackend final : public Backend {
@@ -129,6 +141,9 @@ class CpuBackend final : public Backend {
   }
   absl::Status RefreshRows(const RefreshRowsParams& params, Stream& /*stream*/) override {
     return cpu::RefreshRows(params, workspace());
+  }
+  absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& /*stream*/) override {
+    return cpu::SegmentTokens(params, workspace());
   }
 
  private:

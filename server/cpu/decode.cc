@@ -181,13 +181,17 @@ struct ToFloat32 {
 struct ToBFloat16 {
   using Element = uint16_t;
   using Tag = Halves;
-  HWY_INLINE hn::Vec<Halves> operator()(VFloat value) const {
+  // The code in the upper half of each word.
+  static HWY_INLINE VWord Upper(VFloat value) {
     const Words d;
     const VWord bits = hn::BitCast(d, value);
-    const VWord quiet = hn::Or(hn::ShiftRight<16>(bits), hn::Set(d, 0x40U));
-    const auto nan = hn::Gt(hn::And(bits, hn::Set(d, 0x7FFFFFFFU)), hn::Set(d, 0x7F800000U));
-    const VWord rounded = hn::IfThenElse(nan, quiet, RoundAway<16>(bits));
-    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), rounded));
+    const VWord odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(d, 1U));
+    const VWord rounded = hn::Add(bits, hn::Add(odd, hn::Set(d, 0x7FFFU)));
+    const VWord quiet = hn::Or(bits, hn::Set(d, 0x400000U));
+    return hn::IfThenElse(hn::RebindMask(d, hn::IsNaN(value)), quiet, rounded);
+  }
+  HWY_INLINE hn::Vec<Halves> operator()(VFloat value) const {
+    return hn::DemoteTo(Halves(), hn::BitCast(Ints(), hn::ShiftRight<16>(Upper(value))));
   }
 };
 
@@ -291,6 +295,51 @@ void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std
   }
 }
 
+#if HWY_TARGET == HWY_SCALAR
+bool TurnRow(const TurnRowParams& /*params*/) { return false; }  // one lane has no halves
+#else
+using Codes = hn::Repartition<uint16_t, Floats>;  // as many bytes as a vector of floats
+
+HWY_INLINE void StoreCodes(hn::Vec<Codes> codes, bool stream, uint16_t* out) {
+  if (stream) {
+    hn::Stream(codes, Codes(), out);
+  } else {
+    hn::StoreU(codes, Codes(), out);
+  }
+}
+
+// Channels i.. and half + i.. turn together, two vectors of each a step.
+bool TurnRow(const TurnRowParams& p) {
+  const Floats d;
+  const Codes dc;
+  const Halves dx;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const int64_t half = p.rotary_dim / 2;
+  if (p.dtype != DType::kBFloat16 || half % (2 * lanes) != 0) return false;
+  const auto* in = reinterpret_cast<const uint16_t*>(p.row);
+  auto* out = reinterpret_cast<uint16_t*>(p.out);
+  const bool stream = p.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  const auto turn = [&](int64_t j, VWord& turned_x, VWord& turned_y) HWY_ATTR {
+    const VFloat x = FromBFloat16()(hn::LoadU(dx, in + j));
+    const VFloat y = FromBFloat16()(hn::LoadU(dx, in + half + j));
+    const VFloat c = hn::LoadU(d, p.cos + j);
+    const VFloat s = hn::LoadU(d, p.sin + j);
+    turned_x = ToBFloat16::Upper(hn::Add(hn::Mul(x, c), hn::Mul(y, s)));
+    turned_y = ToBFloat16::Upper(hn::Sub(hn::Mul(y, c), hn::Mul(x, s)));
+  };
+  for (int64_t i = 0; i < half; i += 2 * lanes) {
+    VWord x0, x1, y0, y1;
+    turn(i, x0, y0);
+    turn(i + lanes, x1, y1);
+    StoreCodes(hn::ConcatOdd(dc, hn::BitCast(dc, x1), hn::BitCast(dc, x0)), stream, out + i);
+    StoreCodes(hn::ConcatOdd(dc, hn::BitCast(dc, y1), hn::BitCast(dc, y0)), stream, out + half + i);
+  }
+  std::memcpy(out + p.rotary_dim, in + p.rotary_dim,
+              static_cast<size_t>(p.count - p.rotary_dim) * sizeof(uint16_t));
+  return true;
+}
+#endif
+
 float LargestMagnitude(const float* values, int64_t count) {
   const Floats d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
@@ -356,6 +405,7 @@ namespace dynsplit::cpu {
 HWY_EXPORT(DecodeRow);
 HWY_EXPORT(DecodeTile);
 HWY_EXPORT(EncodeRow);
+HWY_EXPORT(TurnRow);
 HWY_EXPORT(LargestMagnitude);
 HWY_EXPORT(HasNonFinite);
 HWY_EXPORT(VectorTargetName);
@@ -372,6 +422,8 @@ void DecodeTile(const TensorView& view, int32_t head, int64_t begin, int64_t end
 void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std::byte* out) {
   HWY_DYNAMIC_DISPATCH(EncodeRow)(dtype, values, scale, count, out);
 }
+
+bool TurnRow(const TurnRowParams& params) { return HWY_DYNAMIC_DISPATCH(TurnRow)(params); }
 
 float LargestMagnitude(const float* values, int64_t count) {
   return HWY_DYNAMIC_DISPATCH(LargestMagnitude)(values, count);

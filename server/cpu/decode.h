@@ -22,6 +22,21 @@ void DecodeTile(const TensorView& view, int32_t head, int64_t begin, int64_t end
 // ignore scale. Not for kFloat8E5M2 and kInt32, which are never written.
 void EncodeRow(DType dtype, const float* values, float scale, int64_t count, std::byte* out);
 
+// DecodeRow without a scale, TurnBack (row_math.h) of channels half apart, EncodeRow, to the same
+// bits, without a trip through memory. False, and `out` untouched, where that is not written for:
+// types but bf16, channels that do not fill vectors.
+struct TurnRowParams {
+  DType dtype = DType::kBFloat16;  // of row and out
+  int64_t count = 0;
+  int64_t rotary_dim = 0;
+  const std::byte* row = nullptr;
+  const float* cos = nullptr;  // [rotary_dim / 2]
+  const float* sin = nullptr;
+  std::byte* out = nullptr;  // not row
+  bool stream = false;       // around the caches where aligned; visible to others after FlushStream
+};
+bool TurnRow(const TurnRowParams& params);
+
 // Largest magnitude; 0 for none.
 float LargestMagnitude(const float* values, int64_t count);
 

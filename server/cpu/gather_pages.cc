@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <hwy/cache_control.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
@@ -18,6 +20,9 @@ constexpr int64_t kChunkBytes = int64_t{128} << 10;  // of output
 // spares reading the lines first.
 constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
+// Arithmetic between loads keeps the processor from running far enough ahead by itself.
+constexpr int64_t kSlotsAhead = 2;
+
 // An amax so small that the quotient is zero counts as zero.
 float ScaleOf(float amax, DType dtype) {
   const float scale = amax / (dtype == DType::kInt8 ? 127.0F : 448.0F);
@@ -26,15 +31,15 @@ float ScaleOf(float amax, DType dtype) {
 
 class PageGatherer {
  public:
-  PageGatherer(const GatherPagesParams& params, const Workspace& workspace)
-      : p_(params),
+  PageGatherer(const GatherPagesItem& item, const Workspace& workspace)
+      : p_(item),
         workspace_(workspace),
-        heads_(params.source.num_heads),
-        row_bytes_(params.source.head_dim * DTypeBytes(params.out_dtype)),
-        num_slots_(CeilDiv(params.num_kept, params.page_size) * params.page_size),
+        heads_(item.source.num_heads),
+        row_bytes_(item.source.head_dim * DTypeBytes(item.out_dtype)),
+        num_slots_(CeilDiv(item.num_kept, item.page_size) * item.page_size),
         slots_per_chunk_(std::max<int64_t>(1, kChunkBytes / (heads_ * row_bytes_))),
-        slot_stride_(OrDense(params.slot_stride_bytes, heads_ * row_bytes_)),
-        head_stride_(OrDense(params.head_stride_bytes, row_bytes_)) {}
+        slot_stride_(OrDense(item.slot_stride_bytes, heads_ * row_bytes_)),
+        head_stride_(OrDense(item.head_stride_bytes, row_bytes_)) {}
 
   absl::Status Run() {
     const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
@@ -47,7 +52,11 @@ class PageGatherer {
     if (!scratch.ok()) return scratch.status();
     scratch_ = *std::move(scratch);
     if (encoded && p_.scale_granularity == ScaleGranularity::kHead) FindHeadScales();
-    ForChunks([this](int64_t begin, int64_t end, int slot) { EncodeSlots(begin, end, slot); });
+    const bool turns_only = !encoded && !p_.rotation.interleaved &&
+                            p_.source.dtype == p_.out_dtype && p_.source.scales == nullptr;
+    ForChunks([&](int64_t begin, int64_t end, int slot) {
+      if (!turns_only || !TurnSlots(begin, end, slot)) EncodeSlots(begin, end, slot);
+    });
     return absl::OkStatus();
   }
 
@@ -75,18 +84,23 @@ class PageGatherer {
   bool ScalesPerToken(ScaleGranularity granularity) const {
     return p_.scales != nullptr && granularity == ScaleGranularity::kTokenHead;
   }
+  bool Streams() const { return num_slots_ * heads_ * row_bytes_ >= kStreamBytes; }
   // Scratch of a thread: a row, its cosines and sines.
   int64_t SlotFloats() const { return p_.source.head_dim + p_.rotation.rotary_dim + 16; }
 
   void CopyScales();
+  // Of whole tokens: the slots from `begin` whose tokens lie one after the other on both sides.
+  int64_t EndOfRun(int64_t begin, int64_t end) const;
   void CopySlots(int64_t begin, int64_t end) const;
   void FindHeadScales();
   void EncodeSlots(int64_t begin, int64_t end, int slot) const;
+  // EncodeSlots where rows only turn; false where TurnRow is not written for them.
+  bool TurnSlots(int64_t begin, int64_t end, int slot) const;
   // Decodes and turns the row of (slot, head) into this thread's scratch.
   const float* LoadRow(int64_t slot, int32_t head, float* scratch) const;
   void PadSlots(int64_t begin, int64_t end, bool scales_per_token) const;
 
-  const GatherPagesParams& p_;
+  const GatherPagesItem& p_;
   const Workspace& workspace_;
   const int32_t heads_;
   const int64_t row_bytes_;
@@ -112,20 +126,35 @@ void PageGatherer::CopyScales() {
   std::copy(p_.source.scales, p_.source.scales + heads_, p_.scales);
 }
 
+int64_t PageGatherer::EndOfRun(int64_t begin, int64_t end) const {
+  const std::byte* from = RowAddress(p_.source, TokenOf(begin, 0), 0);
+  const std::byte* to = RowOf(begin, 0);
+  int64_t s = begin + 1;
+  for (; s < end; ++s) {
+    from += heads_ * row_bytes_;
+    to += heads_ * row_bytes_;
+    if (RowAddress(p_.source, TokenOf(s, 0), 0) != from || RowOf(s, 0) != to) break;
+  }
+  return s;
+}
+
 void PageGatherer::CopySlots(int64_t begin, int64_t end) const {
   const bool scales_per_token = ScalesPerToken(p_.source.scale_granularity);
   const int64_t last = std::min(end, p_.num_kept);
   const bool whole_tokens =
       p_.groups == 1 && p_.source.head_stride_bytes == row_bytes_ && head_stride_ == row_bytes_;
-  const int32_t rows_per_slot = whole_tokens ? 1 : heads_;
-  const int64_t copy_bytes = whole_tokens ? heads_ * row_bytes_ : row_bytes_;
-  RowCopier copier(num_slots_ * heads_ * row_bytes_ >= kStreamBytes);
-  for (int64_t s = begin; s < last; ++s) {
-    for (int32_t h = 0; h < rows_per_slot; ++h) {
-      copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), copy_bytes, RowOf(s, h));
+  RowCopier copier(Streams());
+  for (int64_t s = begin, next = begin; s < last; s = next) {
+    next = whole_tokens ? EndOfRun(s, last) : s + 1;
+    if (whole_tokens) {
+      copier.Copy(RowAddress(p_.source, TokenOf(s, 0), 0), (next - s) * heads_ * row_bytes_,
+                  RowOf(s, 0));
     }
-    for (int32_t h = 0; scales_per_token && h < heads_; ++h) {
-      ScaleAt(s, h) = RowScale(p_.source, TokenOf(s, h), h);
+    for (int32_t h = 0; !whole_tokens && h < heads_; ++h) {
+      copier.Copy(RowAddress(p_.source, TokenOf(s, h), h), row_bytes_, RowOf(s, h));
+    }
+    for (int64_t u = s; scales_per_token && u < next; ++u) {
+      for (int32_t h = 0; h < heads_; ++h) ScaleAt(u, h) = RowScale(p_.source, TokenOf(u, h), h);
     }
   }
   PadSlots(begin, end, scales_per_token);
@@ -166,6 +195,33 @@ void PageGatherer::FindHeadScales() {
   }
 }
 
+bool PageGatherer::TurnSlots(int64_t begin, int64_t end, int slot) const {
+  float* cos = scratch_.as<float>() + slot * SlotFloats();
+  float* sin = cos + p_.rotation.rotary_dim / 2;
+  for (int64_t s = begin; s < std::min(end, p_.num_kept); ++s) {
+    for (int32_t h = 0; h < heads_; ++h) {
+      const int32_t token = TokenOf(s, h);
+      const std::byte* ahead =
+          RowAddress(p_.source, TokenOf(std::min(s + kSlotsAhead, p_.num_kept - 1), h), h);
+      for (int64_t i = 0; i < row_bytes_; i += 64) hwy::Prefetch(ahead + i);
+      if (p_.groups > 1 || h == 0) RotationAngles(p_.rotation, token - s, cos, sin);
+      if (!TurnRow({.dtype = p_.out_dtype,
+                    .count = p_.source.head_dim,
+                    .rotary_dim = p_.rotation.rotary_dim,
+                    .row = RowAddress(p_.source, token, h),
+                    .cos = cos,
+                    .sin = sin,
+                    .out = RowOf(s, h),
+                    .stream = Streams()})) {
+        return false;
+      }
+    }
+  }
+  hwy::FlushStream();
+  PadSlots(begin, end, /*scales_per_token=*/false);
+  return true;
+}
+
 void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {
   const bool encoded = p_.format != EncodingPolicy::Format::kAsIs;
   const bool scales_per_token = encoded && ScalesPerToken(p_.scale_granularity);
@@ -189,7 +245,10 @@ void PageGatherer::EncodeSlots(int64_t begin, int64_t end, int slot) const {
 }  // namespace
 
 absl::Status GatherPages(const GatherPagesParams& params, const Workspace& workspace) {
-  return PageGatherer(params, workspace).Run();
+  for (const GatherPagesItem& item : params.items) {
+    if (absl::Status status = PageGatherer(item, workspace).Run(); !status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace dynsplit::cpu

@@ -40,5 +40,6 @@ absl::Status CheckFinite(const CheckFiniteParams& params, const Workspace& works
 absl::Status SelectBlocks(const SelectBlocksParams& params, const Workspace& workspace);
 absl::Status AttendTokens(const AttendTokensParams& params, const Workspace& workspace);
 absl::Status RefreshRows(const RefreshRowsParams& params, const Workspace& workspace);
+absl::Status SegmentTokens(const SegmentTokensParams& params, const Workspace& workspace);
 
 }  // namespace dynsplit::cpu

@@ -16,6 +16,11 @@ DType OutputDType(DType source, EncodingPolicy::Format format, bool rotated) {
   return rotated && IsQuantized(source) ? DType::kBFloat16 : source;
 }
 
+int64_t MaxSegmentStarts(int64_t num_tokens, int32_t block_size, int32_t max_deviation) {
+  // Closed blocks have at least this length; then the open block's start, and the end.
+  return num_tokens / (block_size - max_deviation) + 2;
+}
+
 BlockSummaries DenseSummaries(DType dtype, int32_t num_kv_heads, int32_t head_dim, void* min,
                               void* max, void* mean) {
   const int64_t row_bytes = head_dim * DTypeBytes(dtype);

@@ -20,6 +20,7 @@
 // Thread safety: all methods may be called concurrently on different streams.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -80,9 +81,18 @@ class Buffer {
 // Work queue of a backend: work given to one stream runs in order.
 class Stream {
  public:
+  using Clock = std::chrono::steady_clock;
+  static constexpr int64_t kMaxMarks = 64;
+
   virtual ~Stream() = default;
   // Waits for all work enqueued so far; returns its first error.
   virtual absl::Status Synchronize() = 0;
+  // Notes the moment when all work enqueued so far is done; returns its number for TimeOf. What
+  // goes wrong here is told by Synchronize.
+  virtual int64_t Mark() = 0;
+  // When that was, by the host's clock. Requires: Synchronize() has returned since, and at most
+  // kMaxMarks marks are as young as this one.
+  virtual Clock::time_point TimeOf(int64_t mark) = 0;
 };
 
 struct BackendInfo {
@@ -301,13 +311,13 @@ struct RotationTable {
   bool interleaved = false;
 };
 
-// Kept rows -> uniform pages, encoded, optionally re-rotated.
+// Kept rows -> uniform pages, encoded, optionally re-rotated; K and V, or layers, at once.
 // Slot s of head h takes token kept[g(h), s], g(h) = h if groups == heads else 0, or token s where
 // kept is null. Slots >= num_kept of the last page are zero bytes (scale 1). Rotation turns the key
 // of original position p to position s (by -(p - s)), in fp32 with separate multiply and add
 // roundings, then rounds to the output type. Encoding as the Encoding message says; an all-zero
 // scale group has scale 1. As-is copies bits, and gathers scales of quantised input.
-struct GatherPagesParams {
+struct GatherPagesItem {
   TensorView source;              // [T, Hkv, D]
   const int32_t* kept = nullptr;  // [groups, num_kept]; null = all in order, num_kept of them
   int32_t groups = 1;
@@ -324,6 +334,10 @@ struct GatherPagesParams {
   int64_t slot_stride_bytes = 0;
   int64_t head_stride_bytes = 0;
   int64_t scale_head_stride = 0;  // elements
+};
+// Items need nothing in common; consecutive ones of equal types and formats share launches.
+struct GatherPagesParams {
+  std::span<const GatherPagesItem> items;  // host
 };
 // kAsIs: source's type, but bfloat16 for rotated quantised input.
 DType OutputDType(DType source, EncodingPolicy::Format format, bool rotated);
@@ -365,11 +379,31 @@ struct MeasureSpansParams {
   float* masses = nullptr;  // out [N, 3]: drop, overlap, own
 };
 
-// First token with a NaN or infinity (after decoding), or num_tokens.
-struct CheckFiniteParams {
+// First token with a NaN or infinity (after decoding), or num_tokens; for several tensors at once.
+struct CheckFiniteItem {
   TensorView tensor;
   int32_t* first_bad_token = nullptr;  // out [1]
 };
+struct CheckFiniteParams {
+  std::span<const CheckFiniteItem> items;  // host
+};
+
+// DD-Select (segmentation.h, Method::kDynamic) by a table of weights, for all starts at once.
+// Requires: 0 < T < 2^31 and what a validated policy has: 0 <= max_deviation < block_size <= 4096,
+// balance in [0, 1].
+struct SegmentTokensParams {
+  const int32_t* token_ids = nullptr;  // [T]
+  int64_t num_tokens = 0;              // T
+  const float* weights = nullptr;      // [num_weights] by token id; negative = no delimiter
+  int64_t num_weights = 0;             // ids beyond are no delimiters
+  int32_t block_size = 0;
+  int32_t max_deviation = 0;
+  double balance = 0;
+  int32_t* block_starts = nullptr;  // out [B + 1]; room for [MaxSegmentStarts]
+  int32_t* counts = nullptr;        // out [2]: B, and the first token of the open block
+};
+// B + 1 at most.
+int64_t MaxSegmentStarts(int64_t num_tokens, int32_t block_size, int32_t max_deviation);
 
 class Backend {
  public:
@@ -425,6 +459,7 @@ class Backend {
   virtual absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& stream) = 0;
   virtual absl::Status AttendTokens(const AttendTokensParams& params, Stream& stream) = 0;
   virtual absl::Status RefreshRows(const RefreshRowsParams& params, Stream& stream) = 0;
+  virtual absl::Status SegmentTokens(const SegmentTokensParams& params, Stream& stream) = 0;
 };
 
 }  // namespace dynsplit

@@ -2,8 +2,9 @@
 #include "server/pipeline/compress.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
@@ -12,40 +13,38 @@
 namespace dynsplit {
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 // Evaluations of the quality floor's bisection, beside those of its two ends.
 constexpr int kMaxBisections = 10;
 
-// One layer on its way through the stages, timing each.
+// One layer on its way through the stages. Host memory that the device writes lives in Candidates:
+// where a function gives one up, the device is done with it.
 class LayerCompressor {
  public:
   LayerCompressor(const SequenceContext& context, const LayerTensors& tensors, bool with_pages,
-                  Backend& backend, Stream& stream)
+                  Backend& backend, StageTimer& timer)
       : context_(context),
         tensors_(tensors),
         with_pages_(with_pages),
         backend_(backend),
-        stream_(stream) {}
+        stream_(timer.stream()),
+        timer_(timer) {}
 
   absl::StatusOr<LayerResult> Run() {
-    Clock::time_point start = Clock::now();
     absl::StatusOr<LayerScores> scores = ScoreLayer(context_, tensors_, backend_, stream_);
     if (!scores.ok()) return scores.status();
     scores_ = *std::move(scores);
-    if (auto status = EndStage(start, seconds_.score); !status.ok()) return status;
+    timer_.End(LayerStage::kScore);
 
-    absl::StatusOr<Candidate> best =
-        floor().empty() ? Evaluate(0, with_pages_, false) : ReachFloor();
+    absl::StatusOr<Candidate> best = floor().empty() ? Evaluate(0, with_pages_) : ReachFloor();
     if (!best.ok()) return best.status();
     if (!best->measured && context_.spec.with_receipt) {
-      if (auto status = Measure(*best); !status.ok()) return status;
+      if (auto status = Measure(*best); !status.ok()) return Abandon(std::move(status), stream_);
     }
     LayerResult result;
     result.decision = std::move(best->decision);
     if (with_pages_) result.pages = std::move(best->pages);
     result.receipt = best->receipt;
-    result.seconds = seconds_;
+    result.figures = std::move(best->figures);
     return result;
   }
 
@@ -54,42 +53,33 @@ class LayerCompressor {
     LayerDecision decision;
     LayerPages pages;  // empty where neither asked for nor needed
     LayerReceipt receipt;
+    std::optional<ReceiptFigures> figures;  // of the receipt, until it is read
     bool measured = false;
   };
 
   const QualityFloor& floor() const { return context_.spec.policy.quality_floor; }
 
-  absl::Status EndStage(Clock::time_point start, double& seconds) {
-    if (auto status = stream_.Synchronize(); !status.ok()) return status;
-    seconds += std::chrono::duration<double>(Clock::now() - start).count();
-    return absl::OkStatus();
-  }
-
-  absl::StatusOr<Candidate> Evaluate(int64_t min_num_kept, bool apply, bool measure) {
+  absl::StatusOr<Candidate> Evaluate(int64_t min_num_kept, bool apply) {
     Candidate candidate;
-    Clock::time_point start = Clock::now();
     absl::StatusOr<LayerDecision> decision =
-        PlanLayer(context_, scores_, tensors_.layer, min_num_kept, backend_, stream_);
+        EnqueuePlan(context_, scores_, tensors_.layer, min_num_kept, backend_, stream_);
     if (!decision.ok()) return decision.status();
     candidate.decision = *std::move(decision);
     candidate.receipt = NotMeasured(tensors_.layer);
-    if (auto status = EndStage(start, seconds_.select); !status.ok()) return status;
+    timer_.End(LayerStage::kSelect);
     if (apply) {
-      if (auto status = Apply(candidate); !status.ok()) return status;
-    }
-    if (measure) {
-      if (auto status = Measure(candidate); !status.ok()) return status;
+      if (auto status = Apply(candidate); !status.ok()) return Abandon(std::move(status), stream_);
     }
     return candidate;
   }
 
   absl::Status Apply(Candidate& candidate) {
-    const Clock::time_point start = Clock::now();
     absl::StatusOr<LayerPages> pages =
         ApplyLayer(context_, candidate.decision, tensors_, backend_, stream_);
     if (!pages.ok()) return pages.status();
     candidate.pages = *std::move(pages);
-    return EndStage(start, seconds_.gather);
+    timer_.End(LayerStage::kGather);
+    return absl::OkStatus();
   }
 
   // A plan alone has no pages; where values are there, they are made for the receipt.
@@ -104,21 +94,26 @@ class LayerCompressor {
   }
 
   absl::Status MeasureOnly(Candidate& candidate) {
-    const Clock::time_point start = Clock::now();
-    absl::StatusOr<LayerReceipt> receipt =
-        MeasureLayer(context_, candidate.decision, candidate.pages, tensors_, backend_, stream_);
-    if (!receipt.ok()) return receipt.status();
-    candidate.receipt = *receipt;
+    absl::StatusOr<ReceiptFigures> figures =
+        EnqueueReceipt(context_, candidate.decision, candidate.pages, tensors_, backend_, stream_);
+    if (!figures.ok()) return figures.status();
+    candidate.figures = *std::move(figures);
     candidate.measured = true;
-    return EndStage(start, seconds_.receipt);
+    timer_.End(LayerStage::kReceipt);
+    return absl::OkStatus();
   }
 
   // Enough to judge the floor: pages only where it asks for the output's error.
   absl::StatusOr<Candidate> Judge(int64_t min_num_kept) {
     const bool needs_error = floor().max_output_relative_error > 0;
-    absl::StatusOr<Candidate> candidate = Evaluate(min_num_kept, needs_error, false);
+    absl::StatusOr<Candidate> candidate = Evaluate(min_num_kept, needs_error);
     if (!candidate.ok()) return candidate;
-    if (auto status = MeasureOnly(*candidate); !status.ok()) return status;
+    absl::Status status = MeasureOnly(*candidate);
+    status.Update(stream_.Synchronize());
+    if (!status.ok()) return status;
+    timer_.Resolve();
+    ReadDecision(candidate->decision);
+    candidate->receipt = ReadReceipt(*std::exchange(candidate->figures, std::nullopt));
     return candidate;
   }
 
@@ -169,7 +164,7 @@ class LayerCompressor {
   // The receipt of a mass-only search lacks the error, which pages tell.
   absl::StatusOr<Candidate> WithPages(Candidate candidate) {
     if (with_pages_ && candidate.pages.key_pages.empty()) {
-      if (auto status = Apply(candidate); !status.ok()) return status;
+      if (auto status = Apply(candidate); !status.ok()) return Abandon(std::move(status), stream_);
     }
     if (std::isnan(candidate.receipt.error_mean) && tensors_.values.data != nullptr) {
       candidate.measured = false;
@@ -200,8 +195,8 @@ class LayerCompressor {
   const bool with_pages_;
   Backend& backend_;
   Stream& stream_;
+  StageTimer& timer_;
   LayerScores scores_;
-  LayerSeconds seconds_;
 };
 
 }  // namespace
@@ -209,7 +204,25 @@ class LayerCompressor {
 absl::StatusOr<LayerResult> CompressLayer(const SequenceContext& context,
                                           const LayerTensors& tensors, bool with_pages,
                                           Backend& backend, Stream& stream) {
-  return LayerCompressor(context, tensors, with_pages, backend, stream).Run();
+  StageTimer timer(stream);
+  absl::StatusOr<LayerResult> result = EnqueueLayer(context, tensors, with_pages, backend, timer);
+  if (!result.ok()) return result;
+  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  ReadLayer(*result);
+  return result;
+}
+
+absl::StatusOr<LayerResult> EnqueueLayer(const SequenceContext& context,
+                                         const LayerTensors& tensors, bool with_pages,
+                                         Backend& backend, StageTimer& timer) {
+  return LayerCompressor(context, tensors, with_pages, backend, timer).Run();
+}
+
+void ReadLayer(LayerResult& result) {
+  ReadDecision(result.decision);
+  if (result.figures.has_value()) {
+    result.receipt = ReadReceipt(*std::exchange(result.figures, std::nullopt));
+  }
 }
 
 }  // namespace dynsplit

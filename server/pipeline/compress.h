@@ -13,10 +13,16 @@
 // Apply starts at the second. With Scope::kGlobal, callers add up ScoreLayer results of all layers
 // with AccumulateScores, plan once, and apply to each layer.
 //
-// Functions synchronise the stream only where a host value is needed (kept tokens, receipts).
+// Each of PlanLayer, MeasureLayer, CompressLayer and the finite check is also there in two halves:
+// Enqueue... gives the device its work, Read... (Verdict) looks at the result once the stream is
+// synchronised. So a layer needs one wait, at its end. More of them: for the number of tokens of
+// whole blocks, for a quality floor, and for log-sum-exps of base 2. Where an Enqueue fails, the
+// device is done with the host memory it had from it.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -30,6 +36,7 @@
 #include "server/pipeline/plan.h"
 #include "server/pipeline/policy.h"
 #include "server/pipeline/segmentation.h"
+#include "server/pipeline/stage_timer.h"
 #include "server/pipeline/types.h"
 
 namespace dynsplit {
@@ -88,6 +95,9 @@ absl::StatusOr<std::unique_ptr<SequenceContext>> PrepareSequence(SequenceSpec sp
                                                                  Segmentation segmentation,
                                                                  Backend& backend, Stream& stream);
 
+// Gives memory that operations write a layer's pages to.
+using PageMemory = std::function<absl::StatusOr<Buffer>(int64_t size_bytes)>;
+
 // One layer's tensors on the device. data == nullptr / null = not supplied.
 struct LayerTensors {
   int32_t layer = 0;
@@ -96,9 +106,32 @@ struct LayerTensors {
   TensorView queries;                  // [W, Hq, D]
   const float* lse = nullptr;          // [W, Hq], in the declared base
   const float* accumulated = nullptr;  // [accumulated_rows, T]
+  // Of the pages that ApplyLayer makes; null = the backend's. Each ApplyLayer takes its own.
+  const PageMemory* page_memory = nullptr;
 };
 
-// Refuses NaN and infinity in keys, values, queries: INVALID_ARGUMENT naming layer, tensor, token.
+// The check for NaN and infinity in keys, values and queries, on its way.
+class FiniteCheck {
+ public:
+  // INVALID_ARGUMENT naming layer, tensor and token of the first one. Requires: the stream was
+  // synchronised. OK where nothing was asked.
+  absl::Status Verdict() const;
+
+ private:
+  friend absl::StatusOr<FiniteCheck> EnqueueFiniteCheck(std::span<const LayerTensors> layers,
+                                                        Backend& backend, Stream& stream);
+  struct Asked {
+    int32_t layer = 0;
+    const char* name = nullptr;
+    int64_t num_tokens = 0;  // the answer where all is well
+    size_t slot = 0;         // of the answer
+  };
+  std::vector<Asked> asked_;
+  Buffer first_bad_;  // host
+};
+absl::StatusOr<FiniteCheck> EnqueueFiniteCheck(std::span<const LayerTensors> layers,
+                                               Backend& backend, Stream& stream);
+// Both halves.
 absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream);
 // The same of several layers, with one wait.
 absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& backend,
@@ -119,18 +152,26 @@ absl::Status AccumulateScores(const SequenceContext& context, LayerScores scores
                               LayerScores& total, Backend& backend, Stream& stream);
 
 struct LayerDecision {
-  LayerPlan plan;    // host
+  LayerPlan plan;    // host; without its kept tokens while those are on their way
   Buffer kept_host;  // int32 [groups, num_kept]: what `kept` was made from, kept alive with it
   Buffer kept;       // the same on the device
+  bool kept_pending = false;  // kept_host is written by the device; see ReadDecision
 };
 // `min_num_kept` > 0 raises the budget (quality floor): tokens, or blocks in whole-block mode.
 // A layer that keeps everything gets one group, whatever the scope.
 absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const LayerScores& scores,
                                         int32_t layer, int64_t min_num_kept, Backend& backend,
                                         Stream& stream);
+// Waits in whole-block mode only, where the number of kept tokens is the device's to say.
+absl::StatusOr<LayerDecision> EnqueuePlan(const SequenceContext& context, const LayerScores& scores,
+                                          int32_t layer, int64_t min_num_kept, Backend& backend,
+                                          Stream& stream);
+void ReadDecision(LayerDecision& decision);
 // A decision that keeps everything (dense layers, index transform).
 absl::StatusOr<LayerDecision> KeepAll(const SequenceContext& context, int32_t layer,
                                       Backend& backend, Stream& stream);
+// Tokens that a head of `layer` keeps at least, as far as the policy alone tells.
+int64_t LeastKept(const SequenceSpec& spec, int32_t layer);
 // A decision made elsewhere (Apply). `plan` must be valid.
 absl::StatusOr<LayerDecision> FromPlan(LayerPlan plan, Backend& backend, Stream& stream);
 
@@ -149,7 +190,11 @@ struct LayerPages {
 absl::StatusOr<LayerPages> ApplyLayer(const SequenceContext& context, const LayerDecision& decision,
                                       const LayerTensors& tensors, Backend& backend,
                                       Stream& stream);
-// Bytes of all pages, scales and summaries of one layer that keeps `num_kept` tokens.
+// Bytes of each buffer of LayerPages of a layer that keeps `num_kept` tokens, in their order there;
+// 0 = empty.
+std::array<int64_t, 7> LayerPageBytes(const SequenceSpec& spec, int64_t num_kept,
+                                      int64_t num_blocks);
+// The sum of those.
 int64_t LayerOutputBytes(const SequenceSpec& spec, int64_t num_kept, int64_t num_blocks);
 
 struct LayerReceipt {
@@ -162,16 +207,24 @@ absl::StatusOr<LayerReceipt> MeasureLayer(const SequenceContext& context,
                                           const LayerTensors& tensors, Backend& backend,
                                           Stream& stream);
 
-// Seconds a layer spent per stage, host clock around each stage (synchronised where it ends).
-struct LayerSeconds {
-  double score = 0, select = 0, gather = 0, receipt = 0;
+// Figures of a receipt on their way to the host.
+struct ReceiptFigures {
+  int32_t layer = 0;
+  int32_t num_heads = 0;
+  bool with_error = false;
+  Buffer host;  // float [1 or 3, num_heads]: mass, squared error, squared norm; empty = no queries
 };
+absl::StatusOr<ReceiptFigures> EnqueueReceipt(const SequenceContext& context,
+                                              const LayerDecision& decision,
+                                              const LayerPages& pages, const LayerTensors& tensors,
+                                              Backend& backend, Stream& stream);
+LayerReceipt ReadReceipt(const ReceiptFigures& figures);
 
 struct LayerResult {
   LayerDecision decision;
   LayerPages pages;  // empty for Plan
   LayerReceipt receipt;
-  LayerSeconds seconds;
+  std::optional<ReceiptFigures> figures;  // of the receipt, while they are on their way
 };
 // Whole way of one layer for Scope::kLayer and kLayerHead. `with_pages` false stops after the
 // decision (Plan). Raises the budget until the quality floor holds; FAILED_PRECONDITION
@@ -179,5 +232,10 @@ struct LayerResult {
 absl::StatusOr<LayerResult> CompressLayer(const SequenceContext& context,
                                           const LayerTensors& tensors, bool with_pages,
                                           Backend& backend, Stream& stream);
+// Waits in whole-block mode and for a quality floor only. `timer` is told of every stage.
+absl::StatusOr<LayerResult> EnqueueLayer(const SequenceContext& context,
+                                         const LayerTensors& tensors, bool with_pages,
+                                         Backend& backend, StageTimer& timer);
+void ReadLayer(LayerResult& result);
 
 }  // namespace dynsplit

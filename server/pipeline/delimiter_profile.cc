@@ -185,6 +185,14 @@ absl::StatusOr<DelimiterProfile> DelimiterProfile::Create(std::string name, std:
     profile.dense_.resize(static_cast<size_t>(id) + 1, 0);
     profile.dense_.back() = static_cast<uint16_t>(row + 1);
   }
+  const bool has_sparse_ids =
+      !profile.weights_.empty() && profile.weights_.back().token_id >= kDenseIds;
+  if (!has_sparse_ids) {
+    profile.weight_table_.assign(profile.dense_.size(), kNoDelimiter);
+    for (const DelimiterWeight& weight : profile.weights_) {
+      profile.weight_table_[static_cast<size_t>(weight.token_id)] = weight.weight;
+    }
+  }
   return profile;
 }
 

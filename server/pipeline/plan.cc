@@ -146,7 +146,7 @@ PlanHasher::PlanHasher(const SequenceShape& shape, const Policy& policy,
   AppendHash(bytes_, HashInts(segmentation.starts));
 }
 
-void PlanHasher::Add(const LayerPlan& layer) { AppendHash(bytes_, layer.Hash()); }
+void PlanHasher::Add(const Hash128& layer) { AppendHash(bytes_, layer); }
 
 Hash128 PlanHasher::Finish() const { return HashBytes(bytes_.data(), bytes_.size()); }
 

@@ -47,7 +47,9 @@ struct Plan {
 class PlanHasher {
  public:
   PlanHasher(const SequenceShape& shape, const Policy& policy, const Segmentation& segmentation);
-  void Add(const LayerPlan& layer);  // ascending layers
+  // Ascending layers; by their hashes where those are known.
+  void Add(const Hash128& layer);
+  void Add(const LayerPlan& layer) { Add(layer.Hash()); }
   Hash128 Finish() const;
 
  private:

@@ -28,7 +28,16 @@ struct Request {
   int64_t num_whole_blocks = 0;  // whole-block mode
 };
 
-// Runs the selection and brings its result to the host. plan.groups is set already.
+// The tokens each group keeps in whole-block mode. Whole blocks come in one group (policy
+// validation), so that rows are dense in both modes.
+absl::StatusOr<int64_t> ReadCount(Buffer counts, Backend& backend, Stream& stream) {
+  const absl::StatusOr<Buffer> host = backend.ToHost(std::move(counts), stream);
+  if (!host.ok()) return host.status();
+  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  return host->as<int32_t>()[0];
+}
+
+// Runs the selection and sends its result to the host. plan.groups is set already.
 absl::StatusOr<LayerDecision> Select(const SequenceContext& context, const LayerScores& scores,
                                      const Request& request, LayerPlan plan, Backend& backend,
                                      Stream& stream) {
@@ -51,22 +60,21 @@ absl::StatusOr<LayerDecision> Select(const SequenceContext& context, const Layer
                                      .kept = kept->as<int32_t>(),
                                      .kept_counts = counts->as<int32_t>()};
   if (auto status = backend.SelectTokens(params, stream); !status.ok()) return status;
-  absl::StatusOr<Buffer> counts_host = backend.ToHost(*std::move(counts), stream);
-  if (!counts_host.ok()) return counts_host.status();
+  plan.num_kept = request.num_kept;
+  if (whole_blocks) {
+    const absl::StatusOr<int64_t> count = ReadCount(*std::move(counts), backend, stream);
+    if (!count.ok()) return count.status();
+    plan.num_kept = *count;
+  }
   // The device copy stays where it is for the stages that follow.
-  absl::StatusOr<Buffer> kept_host = backend.ToHost(Alias(*kept), stream);
+  absl::StatusOr<Buffer> kept_host = backend.ToHost(
+      Buffer(kept->data(), plan.groups * plan.num_kept * kIndexBytes, nullptr), stream);
   if (!kept_host.ok()) return kept_host.status();
-  if (auto status = stream.Synchronize(); !status.ok()) return status;
-
-  // Whole blocks come in one group (policy validation), so that rows are dense in both modes.
-  plan.num_kept = counts_host->as<int32_t>()[0];
-  const std::span<const int32_t> rows(kept_host->as<int32_t>(),
-                                      static_cast<size_t>(plan.groups * plan.num_kept));
-  plan.kept.assign(rows.begin(), rows.end());
   LayerDecision decision;
   decision.plan = std::move(plan);
   decision.kept_host = *std::move(kept_host);
   decision.kept = *std::move(kept);
+  decision.kept_pending = true;
   return decision;
 }
 
@@ -83,9 +91,9 @@ int64_t NumProtectedBlocks(const SequenceContext& context) {
 
 }  // namespace
 
-absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const LayerScores& scores,
-                                        int32_t layer, int64_t min_num_kept, Backend& backend,
-                                        Stream& stream) {
+absl::StatusOr<LayerDecision> EnqueuePlan(const SequenceContext& context, const LayerScores& scores,
+                                          int32_t layer, int64_t min_num_kept, Backend& backend,
+                                          Stream& stream) {
   absl::StatusOr<LayerBudget> budget = BudgetOf(context, layer);
   if (!budget.ok()) return budget.status();
   if (budget->dense) return KeepAll(context, layer, backend, stream);
@@ -107,12 +115,38 @@ absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const La
                 std::move(plan), backend, stream);
 }
 
+void ReadDecision(LayerDecision& decision) {
+  if (!decision.kept_pending) return;
+  const std::span<const int32_t> rows(
+      decision.kept_host.as<int32_t>(),
+      static_cast<size_t>(decision.plan.groups * decision.plan.num_kept));
+  decision.plan.kept.assign(rows.begin(), rows.end());
+  decision.kept_pending = false;
+}
+
+absl::StatusOr<LayerDecision> PlanLayer(const SequenceContext& context, const LayerScores& scores,
+                                        int32_t layer, int64_t min_num_kept, Backend& backend,
+                                        Stream& stream) {
+  absl::StatusOr<LayerDecision> decision =
+      EnqueuePlan(context, scores, layer, min_num_kept, backend, stream);
+  if (!decision.ok()) return decision;
+  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  ReadDecision(*decision);
+  return decision;
+}
+
 absl::StatusOr<LayerDecision> KeepAll(const SequenceContext& context, int32_t layer,
                                       Backend& backend, Stream& stream) {
   LayerPlan plan;
   plan.layer = layer;
   plan.dense = true;
   return KeepAllAs(context, std::move(plan), backend, stream);
+}
+
+int64_t LeastKept(const SequenceSpec& spec, int32_t layer) {
+  const absl::StatusOr<LayerBudget> budget = BudgetForLayer(
+      spec.policy, spec.shape, layer, /*num_blocks=*/1, /*num_protected=*/0, OutputCostOf(spec));
+  return budget.ok() ? std::max<int64_t>(1, budget->num_kept) : 1;
 }
 
 absl::StatusOr<LayerDecision> FromPlan(LayerPlan plan, Backend& backend, Stream& stream) {

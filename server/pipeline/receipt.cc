@@ -46,15 +46,18 @@ LayerReceipt NotMeasured(int32_t layer) {
       .layer = layer, .mass_mean = kNan, .mass_min = kNan, .error_mean = kNan, .error_max = kNan};
 }
 
-absl::StatusOr<LayerReceipt> MeasureLayer(const SequenceContext& context,
-                                          const LayerDecision& decision, const LayerPages& pages,
-                                          const LayerTensors& tensors, Backend& backend,
-                                          Stream& stream) {
-  LayerReceipt receipt = NotMeasured(decision.plan.layer);
-  if (tensors.queries.data == nullptr || tensors.keys.data == nullptr) return receipt;
+absl::StatusOr<ReceiptFigures> EnqueueReceipt(const SequenceContext& context,
+                                              const LayerDecision& decision,
+                                              const LayerPages& pages, const LayerTensors& tensors,
+                                              Backend& backend, Stream& stream) {
   const bool with_error = tensors.values.data != nullptr && !pages.key_pages.empty();
   const SequenceShape& shape = context.spec.shape;
   const int32_t num_heads = shape.num_query_heads;
+  ReceiptFigures figures;
+  figures.layer = decision.plan.layer;
+  if (tensors.queries.data == nullptr || tensors.keys.data == nullptr) return figures;
+  figures.num_heads = num_heads;
+  figures.with_error = with_error;
   absl::StatusOr<Buffer> results =
       backend.Allocate(int64_t{3} * num_heads * static_cast<int64_t>(sizeof(float)), stream);
   if (!results.ok()) return results.status();
@@ -82,25 +85,43 @@ absl::StatusOr<LayerReceipt> MeasureLayer(const SequenceContext& context,
     params.ref_sq = params.err_sq + num_heads;
   }
   if (auto status = backend.MeasureAttention(params, stream); !status.ok()) return status;
-  const absl::StatusOr<Buffer> host = backend.ToHost(*std::move(results), stream);
+  absl::StatusOr<Buffer> host = backend.ToHost(*std::move(results), stream);
   if (!host.ok()) return host.status();
-  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  figures.host = *std::move(host);
+  return figures;
+}
 
-  const float* values = host->as<float>();
+LayerReceipt ReadReceipt(const ReceiptFigures& figures) {
+  LayerReceipt receipt = NotMeasured(figures.layer);
+  if (figures.host.empty()) return receipt;
+  const float* values = figures.host.as<float>();
+  const int32_t num_heads = figures.num_heads;
   Summary mass;
   Summary error;
   for (int32_t head = 0; head < num_heads; ++head) {
     mass.Add(values[head]);
-    if (with_error)
+    if (figures.with_error) {
       error.Add(RelativeError(values[num_heads + head], values[2 * num_heads + head]));
+    }
   }
   receipt.mass_mean = mass.sum / num_heads;
   receipt.mass_min = mass.least;
-  if (with_error) {
+  if (figures.with_error) {
     receipt.error_mean = error.sum / num_heads;
     receipt.error_max = error.most;
   }
   return receipt;
+}
+
+absl::StatusOr<LayerReceipt> MeasureLayer(const SequenceContext& context,
+                                          const LayerDecision& decision, const LayerPages& pages,
+                                          const LayerTensors& tensors, Backend& backend,
+                                          Stream& stream) {
+  const absl::StatusOr<ReceiptFigures> figures =
+      EnqueueReceipt(context, decision, pages, tensors, backend, stream);
+  if (!figures.ok()) return figures.status();
+  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  return ReadReceipt(*figures);
 }
 
 }  // namespace dynsplit

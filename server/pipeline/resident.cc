@@ -2,6 +2,7 @@
 #include "server/pipeline/resident.h"
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -98,10 +99,10 @@ absl::Status ResidentSequence::Begin(std::span<const int32_t> token_ids, int64_t
   return absl::OkStatus();
 }
 
-absl::Status ResidentSequence::StoreRows(const TensorView& from, const TensorView& to,
-                                         EncodingPolicy::Format format, Stream& stream) {
+GatherPagesItem ResidentSequence::NewRows(const TensorView& from, const TensorView& to,
+                                          EncodingPolicy::Format format) const {
   const bool quantized = IsQuantized(to.dtype);
-  const GatherPagesParams params = {
+  return {
       .source = from,
       .kept = nullptr,
       .groups = 1,
@@ -116,16 +117,15 @@ absl::Status ResidentSequence::StoreRows(const TensorView& from, const TensorVie
       .slot_stride_bytes = to.token_stride_bytes,
       .head_stride_bytes = to.head_stride_bytes,
       .scale_head_stride = 0};
-  return backend_.GatherPages(params, stream);
 }
 
 absl::Status ResidentSequence::StoreLayer(const LayerTensors& tensors, Stream& stream) {
   const Pending& pending = *pending_;
   const EncodingPolicy& encoding = spec_.policy.encoding;
-  absl::Status status =
-      StoreRows(tensors.keys, Keys(tensors.layer, pending.num_tokens), encoding.key, stream);
-  status.Update(
-      StoreRows(tensors.values, Values(tensors.layer, pending.num_tokens), encoding.value, stream));
+  const std::array<GatherPagesItem, 2> items = {
+      NewRows(tensors.keys, Keys(tensors.layer, pending.num_tokens), encoding.key),
+      NewRows(tensors.values, Values(tensors.layer, pending.num_tokens), encoding.value)};
+  absl::Status status = backend_.GatherPages({.items = items}, stream);
   if (status.ok() && num_tokens_ == 0) status = SummarizeLayer(tensors.layer, pending, stream);
   return status;
 }

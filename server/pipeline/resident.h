@@ -143,8 +143,9 @@ class ResidentSequence {
   // Room for so many blocks; what is there stays.
   absl::Status EnsureIndex(int64_t num_blocks, Stream& stream);
   absl::Status CopyIndex(const ResidentLayout& layout, const Buffer& index, Stream& stream);
-  absl::Status StoreRows(const TensorView& from, const TensorView& to,
-                         EncodingPolicy::Format format, Stream& stream);
+  // `from`, encoded, as the rows of `to` behind those that are there.
+  GatherPagesItem NewRows(const TensorView& from, const TensorView& to,
+                          EncodingPolicy::Format format) const;
   absl::Status UploadStarts(const Pending& pending, Stream& stream);
   absl::Status SummarizeLayer(int32_t layer, const Pending& pending, Stream& stream);
 
@@ -203,11 +204,16 @@ struct RowDestination {
   float* key_scales = nullptr;  // [num_layers, Hkv, n]
   float* value_scales = nullptr;
 };
-// Brings `slots` (of the step's layers and n) from the tokens they hold to the step's chosen ones.
-// `moved_slots` (out [num_layers, Hkv, n]) may be null; `num_moved` is out [num_layers, Hkv].
-// Nothing of dense layers is read or written.
-absl::Status RefreshSlots(const SelectionStep& step, const RowSlots& slots,
-                          const RowDestination& rows, int32_t* moved_slots, int32_t* num_moved,
-                          Backend& backend, Stream& stream);
+// Slots of the step's layers and n, from the tokens they hold to the step's chosen ones. Nothing of
+// dense layers is read or written.
+struct SlotRefresh {
+  const SelectionStep* step = nullptr;
+  const RowSlots* slots = nullptr;
+  RowDestination rows;
+  int32_t* moved_slots = nullptr;  // out [num_layers, Hkv, n], or null
+  int32_t* num_moved = nullptr;    // out [num_layers, Hkv]
+};
+// All of them, each of other slots, in as few launches as their kinds allow.
+absl::Status RefreshSlots(std::span<const SlotRefresh> refreshes, Backend& backend, Stream& stream);
 
 }  // namespace dynsplit

@@ -15,6 +15,7 @@ namespace {
 
 constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
 constexpr auto kIndexBytes = static_cast<int64_t>(sizeof(int32_t));
+constexpr size_t kMaxSummedLayers = 4096;  // of one launch
 
 float SoftmaxScaleOf(const ResidentSpec& spec) {
   const double scale = spec.policy.scoring.softmax_scale;
@@ -91,21 +92,25 @@ class KindSelector {
   bool ByHead() const { return kind_.groups == kind_.num_kv_heads; }
 
   absl::Status MakeItems() {
-    int64_t num_scores = 0;
+    int64_t num_by_head = 0;
+    int64_t num_sums = 0;
     for (const SelectionStep* step : steps_) {
       ForEachLayer(*step, [&](int32_t, int32_t) {
-        num_scores += (kind_.num_kv_heads + (ByHead() ? 0 : 1)) * NumBlocks(*step);
+        num_by_head += kind_.num_kv_heads * NumBlocks(*step);
+        num_sums += ByHead() ? 0 : NumBlocks(*step);
       });
     }
-    absl::StatusOr<Buffer> scores = backend_.Allocate(num_scores * kFloatBytes, stream_);
+    absl::StatusOr<Buffer> scores =
+        backend_.Allocate((num_by_head + num_sums) * kFloatBytes, stream_);
     if (!scores.ok()) return scores.status();
     scores_ = *std::move(scores);
     float* next = scores_.as<float>();
+    float* next_sum = next + num_by_head;
     for (const SelectionStep* step : steps_) {
       ForEachLayer(*step, [&](int32_t layer, int32_t place) {
         const int64_t num_blocks = NumBlocks(*step);
         float* const own = std::exchange(next, next + kind_.num_kv_heads * num_blocks);
-        float* summed = ByHead() ? own : std::exchange(next, next + num_blocks);
+        float* summed = ByHead() ? own : std::exchange(next_sum, next_sum + num_blocks);
         if (step->block_scores != nullptr) {
           summed = step->block_scores + place * kind_.groups * num_blocks;
         }
@@ -135,18 +140,31 @@ class KindSelector {
          .tokens = step.tokens + place * kind_.groups * step.budget.num_selected});
   }
 
-  // One set for all heads of a layer ranks by the sum over them.
+  // One set for all heads of a layer ranks by the sum over them. Layers whose scores lie one behind
+  // the other share a launch.
   absl::Status SumHeads() {
     if (ByHead()) return absl::OkStatus();
-    for (size_t i = 0; i < score_items_.size(); ++i) {
-      const ReduceRowsParams params = {.in = score_items_[i].block_scores,
-                                       .rows_in = kind_.num_kv_heads,
-                                       .rows_out = 1,
-                                       .columns = score_items_[i].num_blocks,
-                                       .mean = false,
-                                       .accumulate = false,
-                                       .out = const_cast<float*>(select_items_[i].block_scores)};
+    for (size_t first = 0; first < score_items_.size();) {
+      const int64_t num_blocks = score_items_[first].num_blocks;
+      size_t end = first + 1;
+      while (end < std::min(score_items_.size(), first + kMaxSummedLayers) &&
+             score_items_[end].num_blocks == num_blocks &&
+             score_items_[end].block_scores ==
+                 score_items_[end - 1].block_scores + kind_.num_kv_heads * num_blocks &&
+             select_items_[end].block_scores == select_items_[end - 1].block_scores + num_blocks) {
+        ++end;
+      }
+      const auto layers = static_cast<int32_t>(end - first);
+      const ReduceRowsParams params = {
+          .in = score_items_[first].block_scores,
+          .rows_in = layers * kind_.num_kv_heads,
+          .rows_out = layers,
+          .columns = num_blocks,
+          .mean = false,
+          .accumulate = false,
+          .out = const_cast<float*>(select_items_[first].block_scores)};
       if (absl::Status status = backend_.ReduceRows(params, stream_); !status.ok()) return status;
+      first = end;
     }
     return absl::OkStatus();
   }
@@ -159,6 +177,50 @@ class KindSelector {
   std::vector<ScoreBlocksItem> score_items_;
   std::vector<SelectBlocksItem> select_items_;
 };
+
+// What refreshes must have in common to share launches.
+struct RefreshKind {
+  int32_t num_kv_heads, head_dim, groups;
+  int64_t num_rows;
+  DType key_dtype, value_dtype;
+  bool operator==(const RefreshKind&) const = default;
+};
+
+RefreshKind KindOf(const SlotRefresh& refresh) {
+  const ResidentSequence& sequence = *refresh.step->sequence;
+  const SequenceShape& shape = sequence.spec().shape;
+  return {.num_kv_heads = shape.num_kv_heads,
+          .head_dim = shape.head_dim,
+          .groups = sequence.groups(),
+          .num_rows = refresh.slots->num_rows,
+          .key_dtype = sequence.layout().key_dtype,
+          .value_dtype = sequence.layout().value_dtype};
+}
+
+void AddItems(const SlotRefresh& refresh, std::vector<RefreshRowsItem>& items) {
+  const SelectionStep& step = *refresh.step;
+  const ResidentSequence& sequence = *step.sequence;
+  const SequenceShape& shape = sequence.spec().shape;
+  const RowDestination& rows = refresh.rows;
+  const int64_t num_rows = refresh.slots->num_rows;
+  const int64_t layer_rows = shape.num_kv_heads * num_rows;
+  const auto bytes_of = [&](DType dtype) {
+    return layer_rows * shape.head_dim * DTypeBytes(dtype);
+  };
+  const auto at = [](auto* base, int64_t offset) { return base == nullptr ? base : base + offset; };
+  ForEachLayer(step, [&](int32_t layer, int32_t place) {
+    items.push_back({.keys = sequence.Keys(layer, sequence.num_tokens()),
+                     .values = sequence.Values(layer, sequence.num_tokens()),
+                     .wanted = step.tokens + place * sequence.groups() * num_rows,
+                     .held = refresh.slots->held.as<int32_t>() + place * layer_rows,
+                     .moved_slots = at(refresh.moved_slots, place * layer_rows),
+                     .num_moved = refresh.num_moved + place * shape.num_kv_heads,
+                     .key_rows = at(rows.keys, place * bytes_of(sequence.layout().key_dtype)),
+                     .value_rows = at(rows.values, place * bytes_of(sequence.layout().value_dtype)),
+                     .key_scales = at(rows.key_scales, place * layer_rows),
+                     .value_scales = at(rows.value_scales, place * layer_rows)});
+  });
+}
 
 int64_t BudgetTokens(const BudgetPolicy& budget, int64_t num_tokens) {
   if (budget.target == BudgetPolicy::Target::kTokens) {
@@ -223,7 +285,7 @@ absl::StatusOr<RowSlots> EmptySlots(const ResidentSequence& sequence, int32_t fi
                     .num_layers = num_layers,
                     .num_rows = num_rows,
                     .held = {}};
-  absl::StatusOr<Buffer> held = backend.AllocateResident(bytes, Residence::kDevice);
+  absl::StatusOr<Buffer> held = backend.Allocate(bytes, stream);
   if (!held.ok()) return held.status();
   absl::StatusOr<Buffer> none = backend.AllocateHost(bytes);
   if (!none.ok()) return none.status();
@@ -235,33 +297,26 @@ absl::StatusOr<RowSlots> EmptySlots(const ResidentSequence& sequence, int32_t fi
   return slots;
 }
 
-absl::Status RefreshSlots(const SelectionStep& step, const RowSlots& slots,
-                          const RowDestination& rows, int32_t* moved_slots, int32_t* num_moved,
-                          Backend& backend, Stream& stream) {
-  const ResidentSequence& sequence = *step.sequence;
-  const SequenceShape& shape = sequence.spec().shape;
-  const int64_t num_rows = slots.num_rows;
-  const int64_t layer_rows = shape.num_kv_heads * num_rows;
-  const auto bytes_of = [&](DType dtype) {
-    return layer_rows * shape.head_dim * DTypeBytes(dtype);
-  };
-  const auto at = [](auto* base, int64_t offset) { return base == nullptr ? base : base + offset; };
-  std::vector<RefreshRowsItem> items;
-  ForEachLayer(step, [&](int32_t layer, int32_t place) {
-    items.push_back({.keys = sequence.Keys(layer, sequence.num_tokens()),
-                     .values = sequence.Values(layer, sequence.num_tokens()),
-                     .wanted = step.tokens + place * sequence.groups() * num_rows,
-                     .held = slots.held.as<int32_t>() + place * layer_rows,
-                     .moved_slots = at(moved_slots, place * layer_rows),
-                     .num_moved = num_moved + place * shape.num_kv_heads,
-                     .key_rows = at(rows.keys, place * bytes_of(sequence.layout().key_dtype)),
-                     .value_rows = at(rows.values, place * bytes_of(sequence.layout().value_dtype)),
-                     .key_scales = at(rows.key_scales, place * layer_rows),
-                     .value_scales = at(rows.value_scales, place * layer_rows)});
-  });
-  if (items.empty()) return absl::OkStatus();
-  return backend.RefreshRows({.items = items, .groups = sequence.groups(), .num_rows = num_rows},
-                             stream);
+absl::Status RefreshSlots(std::span<const SlotRefresh> refreshes, Backend& backend,
+                          Stream& stream) {
+  std::vector<std::pair<RefreshKind, std::vector<RefreshRowsItem>>> launches;
+  for (const SlotRefresh& refresh : refreshes) {
+    const RefreshKind kind = KindOf(refresh);
+    auto found = std::find_if(launches.begin(), launches.end(),
+                              [&](const auto& entry) { return entry.first == kind; });
+    if (found == launches.end()) {
+      launches.emplace_back(kind, std::vector<RefreshRowsItem>());
+      found = std::prev(launches.end());
+    }
+    AddItems(refresh, found->second);
+  }
+  for (const auto& [kind, items] : launches) {
+    if (items.empty()) continue;
+    absl::Status status = backend.RefreshRows(
+        {.items = items, .groups = kind.groups, .num_rows = kind.num_rows}, stream);
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace dynsplit

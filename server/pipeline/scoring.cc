@@ -272,8 +272,8 @@ absl::Status Accumulate(const Buffer& in, int64_t count, Buffer& total, Backend&
 
 }  // namespace
 
-absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& backend,
-                               Stream& stream) {
+absl::StatusOr<FiniteCheck> EnqueueFiniteCheck(std::span<const LayerTensors> layers,
+                                               Backend& backend, Stream& stream) {
   struct Check {
     const char* name;
     TensorView LayerTensors::*tensor;
@@ -284,31 +284,48 @@ absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& ba
   absl::StatusOr<Buffer> found = backend.Allocate(
       static_cast<int64_t>(layers.size() * kChecks.size() * sizeof(int32_t)), stream);
   if (!found.ok()) return found.status();
-  auto* next = found->as<int32_t>();
+  FiniteCheck result;
+  std::vector<CheckFiniteItem> items;
+  items.reserve(layers.size() * kChecks.size());
+  size_t slot = 0;
   for (const LayerTensors& layer : layers) {
     for (const Check& check : kChecks) {
       const TensorView& tensor = layer.*check.tensor;
-      const CheckFiniteParams params = {.tensor = tensor, .first_bad_token = next++};
-      if (tensor.data == nullptr) continue;
-      if (auto status = backend.CheckFinite(params, stream); !status.ok()) return status;
+      if (tensor.data != nullptr) {
+        items.push_back({.tensor = tensor, .first_bad_token = found->as<int32_t>() + slot});
+        result.asked_.push_back({.layer = layer.layer,
+                                 .name = check.name,
+                                 .num_tokens = tensor.num_tokens,
+                                 .slot = slot});
+      }
+      ++slot;
     }
   }
-  const absl::StatusOr<Buffer> host = backend.ToHost(*std::move(found), stream);
+  if (auto status = backend.CheckFinite({.items = items}, stream); !status.ok()) return status;
+  absl::StatusOr<Buffer> host = backend.ToHost(*std::move(found), stream);
   if (!host.ok()) return host.status();
-  if (auto status = stream.Synchronize(); !status.ok()) return status;
-  const auto* first_bad = host->as<int32_t>();
-  for (const LayerTensors& layer : layers) {
-    for (const Check& check : kChecks) {
-      const int32_t token = *first_bad++;
-      const TensorView& tensor = layer.*check.tensor;
-      if (tensor.data == nullptr || token == tensor.num_tokens) continue;
-      return InvalidField(
-          absl::StrCat("tensors.", check.name),
-          absl::StrCat("of layer ", layer.layer, " holds a NaN or an infinity at row ", token,
-                       "; all values must be finite"));
-    }
+  result.first_bad_ = *std::move(host);
+  return result;
+}
+
+absl::Status FiniteCheck::Verdict() const {
+  for (const Asked& asked : asked_) {
+    const int32_t token = first_bad_.as<int32_t>()[asked.slot];
+    if (token == asked.num_tokens) continue;
+    return InvalidField(
+        absl::StrCat("tensors.", asked.name),
+        absl::StrCat("of layer ", asked.layer, " holds a NaN or an infinity at row ", token,
+                     "; all values must be finite"));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckLayersFinite(std::span<const LayerTensors> layers, Backend& backend,
+                               Stream& stream) {
+  const absl::StatusOr<FiniteCheck> check = EnqueueFiniteCheck(layers, backend, stream);
+  if (!check.ok()) return check.status();
+  if (auto status = stream.Synchronize(); !status.ok()) return status;
+  return check->Verdict();
 }
 
 absl::Status CheckLayerFinite(const LayerTensors& tensors, Backend& backend, Stream& stream) {

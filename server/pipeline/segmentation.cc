@@ -19,14 +19,32 @@ namespace {
 
 using Method = SegmentationPolicy::Method;
 
+// What a token id weighs, negative if it is no delimiter: by table, or as a profile has it.
+struct WeightTable {
+  std::span<const float> weights;
+  float operator()(int32_t token_id) const {
+    const auto id = static_cast<uint32_t>(token_id);  // negative ids lie beyond any
+    return id < weights.size() ? weights[id] : DelimiterProfile::kNoDelimiter;
+  }
+};
+struct ProfileWeights {
+  const DelimiterProfile& profile;
+  float operator()(int32_t token_id) const {
+    const DelimiterWeight* delimiter = profile.Find(token_id);
+    return delimiter == nullptr ? DelimiterProfile::kNoDelimiter : delimiter->weight;
+  }
+};
+
 // Finds the cuts of a token run that starts at a block start. Positions are relative to it.
+// cuda/segment_tokens.cu computes the same with the same roundings.
+template <typename Weights>
 class DynamicCutter {
  public:
-  DynamicCutter(const SegmentationPolicy& policy, const DelimiterProfile& profile)
+  DynamicCutter(const SegmentationPolicy& policy, Weights weights)
       : block_size_(policy.block_size),
         max_deviation_(policy.max_deviation),
         balance_(policy.balance),
-        profile_(profile) {}
+        weights_(weights) {}
 
   // Tokens from a block's start that decide its end.
   size_t lookahead() const {
@@ -39,9 +57,9 @@ class DynamicCutter {
     const int32_t last = block_size_ + max_deviation_;
     double run_weight = -1;  // negative outside of a run
     for (int32_t end = block_size_ - max_deviation_; end <= last; ++end) {
-      const DelimiterWeight* delimiter = profile_.Find(tokens[static_cast<size_t>(end - 1)]);
-      if (delimiter != nullptr) {
-        run_weight = std::max(run_weight, static_cast<double>(delimiter->weight));
+      const float weight = weights_(tokens[static_cast<size_t>(end - 1)]);
+      if (weight >= 0) {
+        run_weight = std::max(run_weight, static_cast<double>(weight));
         if (end < last) continue;
         Consider({end, Value(run_weight, end)}, best);
       } else if (run_weight >= 0) {
@@ -75,7 +93,7 @@ class DynamicCutter {
   int32_t block_size_;
   int32_t max_deviation_;
   double balance_;
-  const DelimiterProfile& profile_;
+  Weights weights_;
 };
 
 bool EndsSentence(const DelimiterProfile& profile, int32_t token_id) {
@@ -84,13 +102,24 @@ bool EndsSentence(const DelimiterProfile& profile, int32_t token_id) {
 }
 
 // Appends the starts that closed blocks of `tokens`, which begin at starts.back(), give rise to.
-void CutDynamic(std::span<const int32_t> tokens, const DynamicCutter& cutter,
+template <typename Weights>
+void CutDynamic(std::span<const int32_t> tokens, const SegmentationPolicy& policy, Weights weights,
                 std::vector<int32_t>& starts) {
+  const DynamicCutter<Weights> cutter(policy, weights);
   size_t begin = 0;
   while (tokens.size() - begin >= cutter.lookahead()) {
     const int32_t length = cutter.BlockLength(tokens.subspan(begin, cutter.lookahead()));
     starts.push_back(starts.back() + length);
     begin += static_cast<size_t>(length);
+  }
+}
+
+void CutDynamic(std::span<const int32_t> tokens, const SegmentationPolicy& policy,
+                const DelimiterProfile& profile, std::vector<int32_t>& starts) {
+  if (!profile.weight_table().empty()) {
+    CutDynamic(tokens, policy, WeightTable{profile.weight_table()}, starts);
+  } else {
+    CutDynamic(tokens, policy, ProfileWeights{profile}, starts);
   }
 }
 
@@ -141,11 +170,19 @@ Segmentation Segment(std::span<const int32_t> token_ids, const SegmentationPolic
   std::vector<int32_t> starts{0};
   if (policy.method == Method::kDynamic) {
     starts.reserve(token_ids.size() / static_cast<size_t>(policy.block_size) + 2);
-    CutDynamic(token_ids, DynamicCutter(policy, *profile), starts);
+    CutDynamic(token_ids, policy, *profile, starts);
   } else {
     CutSentences(token_ids, 0, *profile, starts);
   }
   return WithOpenTail(std::move(starts), num_tokens);
+}
+
+Segmentation SegmentByWeights(std::span<const int32_t> token_ids, const SegmentationPolicy& policy,
+                              std::span<const float> weights) {
+  std::vector<int32_t> starts{0};
+  starts.reserve(token_ids.size() / static_cast<size_t>(policy.block_size) + 2);
+  CutDynamic(token_ids, policy, WeightTable{weights}, starts);
+  return WithOpenTail(std::move(starts), static_cast<int64_t>(token_ids.size()));
 }
 
 IncrementalSegmenter::IncrementalSegmenter(const SegmentationPolicy& policy,
@@ -162,7 +199,7 @@ void IncrementalSegmenter::Append(std::span<const int32_t> token_ids) {
   const int32_t open_begin = starts_.back();
   open_tokens_.insert(open_tokens_.end(), token_ids.begin(), token_ids.end());
   if (policy_.method == Method::kDynamic) {
-    CutDynamic(open_tokens_, DynamicCutter(policy_, *profile_), starts_);
+    CutDynamic(open_tokens_, policy_, *profile_, starts_);
   } else {
     CutSentences(open_tokens_, num_seen, *profile_, starts_);
   }

@@ -54,6 +54,10 @@ class DelimiterProfile {
     }
     return FindSparse(token_id);
   }
+  // Weights by token id, kNoDelimiter elsewhere, for devices and tight loops; made once. Empty
+  // where an id is too large for a table (2^20 or more).
+  std::span<const float> weight_table() const { return weight_table_; }
+  static constexpr float kNoDelimiter = -1;
 
  private:
   DelimiterProfile() = default;
@@ -63,6 +67,7 @@ class DelimiterProfile {
   std::string description_;
   std::vector<DelimiterWeight> weights_;
   std::vector<uint16_t> dense_;  // id -> 1 + row of weights_, 0 = no delimiter
+  std::vector<float> weight_table_;
 };
 
 // Profiles compiled in from server/pipeline/profiles/*.csv, by file name.
@@ -83,6 +88,9 @@ struct Segmentation {
 Segmentation Segment(std::span<const int32_t> token_ids, const SegmentationPolicy& policy,
                      const DelimiterProfile* profile);
 
+// The same for kDynamic by a table of weights as DelimiterProfile::weight_table() is.
+Segmentation SegmentByWeights(std::span<const int32_t> token_ids, const SegmentationPolicy& policy,
+                              std::span<const float> weights);
 // The same for methods that read no ids (kNone, kFixed), 0 < num_tokens < 2^31.
 Segmentation SegmentPositions(int64_t num_tokens, const SegmentationPolicy& policy);
 // True for methods that cut by token ids, and so need a profile.

@@ -75,6 +75,11 @@ bool KeepsEverything(const SequenceContext& context, const LayerBudget& budget) 
          budget.num_whole_blocks >= context.segmentation.num_blocks();
 }
 
+absl::Status Abandon(absl::Status status, Stream& stream) {
+  status.Update(stream.Synchronize());
+  return status;
+}
+
 absl::StatusOr<Buffer> HostCopy(std::span<const std::byte> bytes, Backend& backend) {
   absl::StatusOr<Buffer> host = backend.AllocateHost(static_cast<int64_t>(bytes.size()));
   if (host.ok() && !bytes.empty()) std::memcpy(host->data(), bytes.data(), bytes.size());

@@ -26,6 +26,10 @@ bool KeepsEverything(const SequenceContext& context, const LayerBudget& budget);
 // A receipt without figures: all NaN.
 LayerReceipt NotMeasured(int32_t layer);
 
+// Returns `status`, the failure of something that leaves work on the stream, when the device has
+// done that work: the host memory it uses may go then.
+absl::Status Abandon(absl::Status status, Stream& stream);
+
 // Host memory holding a copy of `bytes`.
 absl::StatusOr<Buffer> HostCopy(std::span<const std::byte> bytes, Backend& backend);
 // The same memory, owned by someone else.

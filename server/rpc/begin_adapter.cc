@@ -14,6 +14,7 @@
 #include "server/rpc/begin_tensors.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/session_adapter.h"
+#include "server/rpc/shard_table.h"
 #include "server/rpc/tensor_adapter.h"
 
 namespace dynsplit::rpc {
@@ -46,6 +47,14 @@ absl::Status DecodeNames(const v1::Begin& begin, const std::string& fallback_req
   return absl::OkStatus();
 }
 
+absl::Status CheckShards(const v1::Begin& begin) {
+  const int32_t num_shards = begin.num_shards() == 0 ? 1 : begin.num_shards();
+  absl::Status status = CheckRange("num_shards", num_shards, 1, kMaxShards);
+  if (status.ok()) status = CheckRange("shard_index", begin.shard_index(), 0, num_shards - 1);
+  if (!status.ok() || num_shards == 1 || !begin.request_id().empty()) return status;
+  return InvalidField("request_id", "is missing; the shards of a request are joined by it");
+}
+
 absl::Status DecodeNumbers(const v1::Begin& begin, RequestSpec& spec) {
   const int32_t num_layers = spec.sequence.shape.num_layers;
   spec.max_open_layers =
@@ -54,14 +63,8 @@ absl::Status DecodeNumbers(const v1::Begin& begin, RequestSpec& spec) {
   if (begin.max_chunk_bytes() != 0) spec.max_chunk_bytes = begin.max_chunk_bytes();
   status.Update(
       CheckRange("max_chunk_bytes", spec.max_chunk_bytes, kMinChunkBytes, kMaxChunkBytes));
-  const int32_t num_shards = begin.num_shards() == 0 ? 1 : begin.num_shards();
-  status.Update(CheckRange("num_shards", num_shards, 1, 1024));
-  status.Update(CheckRange("shard_index", begin.shard_index(), 0, num_shards - 1));
-  if (status.ok() && num_shards > 1) {
-    return WithReason(
-        absl::StatusCode::kUnimplemented, "UNSUPPORTED_SHARDS",
-        absl::StrCat("num_shards is ", num_shards, "; this server takes a request as one stream"));
-  }
+  spec.num_shards = begin.num_shards() == 0 ? 1 : begin.num_shards();
+  status.Update(CheckShards(begin));
   return status;
 }
 
@@ -429,6 +432,25 @@ const char* MethodName(Method method) {
   return "";
 }
 
+absl::StatusOr<ShardNames> LaterShardFromBegin(const v1::Begin& begin) {
+  RequestSpec spec;
+  absl::Status status = CheckShards(begin);
+  if (status.ok()) status = DecodeNames(begin, "", spec);
+  if (!status.ok()) return status;
+  v1::Begin rest = begin;
+  rest.clear_request_id();
+  rest.clear_tenant();
+  rest.clear_shard_index();
+  rest.clear_num_shards();
+  if (rest.ByteSizeLong() != 0) {
+    return InvalidField("shard_index",
+                        absl::StrCat("is ", begin.shard_index(),
+                                     "; begin of a later shard holds only request_id, tenant, "
+                                     "shard_index and num_shards"));
+  }
+  return ShardNames{.request_id = std::move(spec.request_id), .tenant = std::move(spec.tenant)};
+}
+
 absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
                                           const BeginContext& context) {
   RequestSpec spec;
@@ -441,6 +463,8 @@ absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
   if (!status.ok()) return status;
   spec.tensors.reserve(tensors->all.size());
   for (DecodedTensor& decoded : tensors->all) spec.tensors.push_back(std::move(decoded.tensor));
+  status = DecodeOutput(begin, context.regions, spec);
+  if (!status.ok()) return status;
   return spec;
 }
 

@@ -36,6 +36,13 @@ struct BeginContext {
 absl::StatusOr<RequestSpec> SpecFromBegin(const v1::Begin& begin, Method method,
                                           const BeginContext& context);
 
+// What the begin of a later shard says.
+struct ShardNames {
+  std::string request_id;
+  std::string tenant;
+};
+absl::StatusOr<ShardNames> LaterShardFromBegin(const v1::Begin& begin);
+
 // "Compress", "Plan", ...
 const char* MethodName(Method method);
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "server/pipeline/errors.h"
 #include "server/rpc/begin_adapter.h"
 #include "server/rpc/session_adapter.h"
 
@@ -41,6 +42,21 @@ absl::StatusOr<Target> FindTarget(const v1::Begin& begin, Method method, Session
   return target;
 }
 
+// The device of the session or of the memory that the request names; else whichever has room.
+absl::StatusOr<Backend*> ChooseBackend(const RequestSpec& spec, const DeviceSet& devices) {
+  Backend* chosen = spec.session ? &spec.session->backend() : nullptr;
+  for (const RequestTensor& tensor : spec.tensors) {
+    Backend* const owner = tensor.located() ? tensor.place.region->backend() : nullptr;
+    if (owner == nullptr || owner == chosen) continue;
+    if (chosen != nullptr) {
+      return InvalidField(tensor.field + ".location.region.name",
+                          "is memory of another device than the session or the tensors before");
+    }
+    chosen = owner;
+  }
+  return chosen == nullptr ? &devices.Place().backend() : chosen;
+}
+
 }  // namespace
 
 absl::StatusOr<RequestSpec> BeginRequest(const v1::Begin& begin, Method method,
@@ -64,9 +80,12 @@ absl::StatusOr<RequestSpec> BeginRequest(const v1::Begin& begin, Method method,
   spec->store = &services.sessions;
   spec->session = std::move(target.session);
   spec->appending = std::move(target.appending);
+  absl::StatusOr<Backend*> backend = ChooseBackend(*spec, services.devices);
+  if (!backend.ok()) return backend.status();
+  spec->backend = *backend;
   if (spec->opening.has_value()) {
     absl::StatusOr<std::shared_ptr<Session>> opened = services.sessions.Reserve(
-        spec->opening->settings, spec->opening->resident, spec->opening->profile);
+        spec->opening->settings, spec->opening->resident, spec->opening->profile, **backend);
     if (!opened.ok()) return opened.status();
     spec->opened = *std::move(opened);
   }

@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
 #include "server/rpc/begin_adapter.h"
+#include "server/runtime/output_need.h"
 
 namespace dynsplit::rpc {
 namespace {
@@ -312,6 +313,53 @@ absl::Status CheckFetchTensors(const RequestSpec& spec, const Tensors& tensors) 
                                        " groups of 1 to ", shape.num_tokens, " tokens"));
     }
   }
+  return absl::OkStatus();
+}
+
+absl::Status DecodeOutput(const v1::Begin& begin, const RegionStore& regions, RequestSpec& spec) {
+  if (!begin.has_output()) return absl::OkStatus();
+  if (spec.method != Method::kCompress && spec.method != Method::kApply &&
+      spec.method != Method::kFetch) {
+    return InvalidField(
+        "output", absl::StrCat("is set; ", MethodName(spec.method), " returns no layers to place"));
+  }
+  if (spec.fetch_resume.has_value()) {
+    return InvalidField("output",
+                        "is set together with target.resume; what lies in a region was "
+                        "not lost with the stream: fetch the missing layers anew");
+  }
+  const v1::RegionSlice& slice = begin.output().region();
+  const RegionName name = {
+      .name = slice.name(), .generation = slice.generation(), .offset_bytes = slice.offset_bytes()};
+  absl::StatusOr<RegionPart> part =
+      regions.Find(name.name, name.generation, name.offset_bytes, begin.output().byte_size(),
+                   /*writable=*/true, "output.region");
+  if (!part.ok()) return part.status();
+  if (name.offset_bytes % OutputRoom::kAlignmentBytes != 0 ||
+      reinterpret_cast<uintptr_t>(part->data) % OutputRoom::kAlignmentBytes != 0) {
+    return InvalidField("output.region.offset_bytes",
+                        absl::StrCat("is ", name.offset_bytes, "; must be a multiple of ",
+                                     OutputRoom::kAlignmentBytes, ", in memory too"));
+  }
+  const int64_t size_bytes = begin.output().byte_size() != 0
+                                 ? begin.output().byte_size()
+                                 : part->region->size_bytes() - name.offset_bytes;
+  for (const RequestTensor& tensor : spec.tensors) {
+    if (!tensor.located() || tensor.place.data >= part->data + size_bytes ||
+        part->data >= tensor.place.data + tensor.byte_size) {
+      continue;
+    }
+    return InvalidField("output.region",
+                        absl::StrCat("overlaps ", tensor.field, ", which the request reads"));
+  }
+  const OutputNeed need = OutputNeedOf(spec);
+  if (size_bytes < need.least_bytes) {
+    return InvalidField(
+        "output.byte_size",
+        absl::StrCat("is ", size_bytes, "; the result needs at least ", need.least_bytes, ", and ",
+                     need.most_bytes, " are enough for whatever stays"));
+  }
+  spec.output = std::make_shared<OutputRoom>(name, *std::move(part), size_bytes, need.most_bytes);
   return absl::OkStatus();
 }
 

@@ -44,6 +44,8 @@ absl::Status CheckPaging(const Tensors& tensors, const SequenceShape& shape);
 absl::Status CheckDemand(const RequestSpec& spec, const Tensors& tensors);
 // Of what Fetch takes: sets of tokens for some of the layers, as the session's scope has them.
 absl::Status CheckFetchTensors(const RequestSpec& spec, const Tensors& tensors);
+// Where results go, as Begin.output says. Requires: all else of `spec` is decoded.
+absl::Status DecodeOutput(const v1::Begin& begin, const RegionStore& regions, RequestSpec& spec);
 // K and V come in the types of the session's.
 absl::Status CheckAppendTypes(const RequestSpec& spec, const ResidentSpec& session);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/rpc/compression_call.h"
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -44,31 +45,41 @@ const char* RejectionReason(const absl::Status& status, bool waited_out) {
   return waited_out ? "queue_timeout" : "queue_full";
 }
 
+// Between a stream's end and word that it was cancelled.
+constexpr absl::Duration kCancelGrace = absl::Milliseconds(100);
+
 // What goes on with something that exists is let finish.
 bool StartsWork(Method method) { return method != Method::kAppend && method != Method::kFetch; }
 
-class Reactor final : public CompressionReactor {
+class Reactor final : public FrameReactor {
  public:
-  explicit Reactor(std::shared_ptr<CompressionCall> call) : call_(std::move(call)) {
-    call_->Start(this);
-  }
-  void OnReadDone(bool ok) override { call_->OnRead(ok); }
-  void OnWriteDone(bool ok) override { call_->OnWritten(ok); }
-  void OnCancel() override { call_->OnCancel(); }
+  Reactor(std::shared_ptr<FrameStream> stream, Services& services)
+      : stream_(std::move(stream)), services_(services) {}
+  void Start() { stream_->Start(this); }
+  void OnReadDone(bool ok) override { stream_->OnRead(ok); }
+  void OnWriteDone(bool ok) override { stream_->OnWritten(ok); }
+  void OnCancel() override { stream_->OnCancel(); }
   void OnDone() override {
-    call_->OnDone();
+    stream_->OnDone();
+    --services_.num_streams;
     delete this;
   }
 
  private:
-  const std::shared_ptr<CompressionCall> call_;
+  const std::shared_ptr<FrameStream> stream_;
+  Services& services_;
 };
 
 }  // namespace
 
-CompressionReactor* StartCompressionCall(Services& services, Method method,
-                                         grpc::CallbackServerContext& context) {
-  return new Reactor(std::make_shared<CompressionCall>(services, method, context));
+FrameReactor* StartCompressionCall(Services& services, Method method,
+                                   grpc::CallbackServerContext& context) {
+  auto stream = std::make_shared<FrameStream>(static_cast<size_t>(services.config.max_chunk_bytes),
+                                              DeadlineOf(context));
+  auto* const reactor = new Reactor(stream, services);
+  std::make_shared<CompressionCall>(services, method, context)->Begin(std::move(stream));
+  reactor->Start();
+  return reactor;
 }
 
 CompressionCall::CompressionCall(Services& services, Method method,
@@ -79,11 +90,12 @@ CompressionCall::CompressionCall(Services& services, Method method,
       deadline_(DeadlineOf(context)),
       trace_parent_(TraceParentOf(context)) {}
 
-void CompressionCall::Start(CompressionReactor* reactor) {
+void CompressionCall::Begin(std::shared_ptr<FrameStream> stream) {
   const int64_t num_streams = ++services_.num_streams;
+  stream->SetOwner(shared_from_this(), 0);
   {
     absl::MutexLock lock(&mu_);
-    reactor_ = reactor;
+    shards_.push_back({.stream = std::move(stream)});
   }
   if (services_.draining && StartsWork(method_)) {
     Fail(RetryLater(absl::StatusCode::kUnavailable, "the server is draining", kDrainRetryAfterMs),
@@ -93,46 +105,49 @@ void CompressionCall::Start(CompressionReactor* reactor) {
                     absl::StrCat("the server has ", num_streams - 1, " streams open, its most"),
                     kDrainRetryAfterMs),
          "too_many_streams");
-  } else {
-    ReadNext();
   }
 }
 
 // -- in -------------------------------------------------------------------------------------------
 
-void CompressionCall::ReadNext() {
-  absl::MutexLock lock(&mu_);
-  if (reactor_ != nullptr && !settled_.has_value()) reactor_->StartRead(&incoming);
+FrameStream::Handled CompressionCall::OnFrame(int32_t shard, const wire::Frame& frame) {
+  absl::StatusOr<Handled> handled = HandleFrame(shard, frame);
+  if (handled.ok()) return *handled;
+  Fail(handled.status());
+  return Handled::kDone;
 }
 
-void CompressionCall::OnRead(bool ok) {
-  if (!ok) {
-    // The client's side of the stream is closed. After End that is as it should be; a cancelled
-    // call is settled by OnCancel.
-    bool complete = false;
-    {
-      absl::MutexLock lock(&mu_);
-      complete = phase_ == Phase::kEnded;
-    }
-    if (!complete) Fail(InvalidField("end", "is missing; the stream closed before it"));
-    return;
-  }
-  absl::StatusOr<wire::Frame> frame = wire::ParseFrame(
-      std::exchange(incoming, {}), static_cast<size_t>(services_.config.max_chunk_bytes));
-  absl::Status status = frame.ok() ? HandleMessage(*std::move(frame)) : frame.status();
-  if (!status.ok()) Fail(std::move(status));
-}
+void CompressionCall::OnMalformed(int32_t /*shard*/, absl::Status status) { Fail(status); }
 
-absl::Status CompressionCall::HandleMessage(wire::Frame frame) {
-  Phase phase = Phase::kBegin;
+void CompressionCall::OnHalfClosed(int32_t shard) {
   {
     absl::MutexLock lock(&mu_);
-    phase = phase_;
+    if (shards_[static_cast<size_t>(shard)].ended) return;  // as it should be
+    if (std::exchange(closed_early_, true)) return;
   }
-  if (phase == Phase::kEnded) return InvalidField("end", "must be the last message");
+  // A cancelled stream looks closed a moment before OnCancelled says why.
+  close_alarm_.Set(absl::ToChronoTime(absl::Now() + kCancelGrace),
+                   [weak = weak_from_this()](bool expired) {
+                     const auto self = expired ? weak.lock() : nullptr;
+                     if (self == nullptr) return;
+                     self->Fail(InvalidField("end", "is missing; the stream closed before it"));
+                   });
+}
+
+absl::StatusOr<FrameStream::Handled> CompressionCall::HandleFrame(int32_t shard,
+                                                                  const wire::Frame& frame) {
+  Phase phase = Phase::kBegin;
+  bool ended = false;
+  {
+    absl::MutexLock lock(&mu_);
+    if (settled_.has_value()) return Handled::kDone;
+    phase = phase_;
+    ended = shards_[static_cast<size_t>(shard)].ended;
+  }
+  if (ended) return InvalidField("end", "must be the last message");
   if (frame.is_chunk()) {
     if (phase == Phase::kBegin) return InvalidField("begin", "must be the first message");
-    return HandleChunks(std::move(frame));
+    return HandleChunk(shard, frame);
   }
   v1::CompressRequest message;
   if (absl::Status status = frame.ParseControl(&message); !status.ok()) return status;
@@ -141,35 +156,170 @@ absl::Status CompressionCall::HandleMessage(wire::Frame frame) {
   }
   if (message.has_begin()) {
     if (phase != Phase::kBegin) return InvalidField("begin", "must come once");
-    return HandleBegin(message.begin());
+    absl::Status status = message.begin().shard_index() > 0 ? HandleLaterShard(message.begin())
+                                                            : HandleBegin(message.begin());
+    if (!status.ok()) return status;
+    return Handled::kPause;
   }
   if (phase == Phase::kBegin) return InvalidField("begin", "must be the first message");
-  return HandleEnd(message.end());
+  absl::Status status = HandleEnd(shard, message.end());
+  if (!status.ok()) return status;
+  return Handled::kDone;
 }
 
 absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
   absl::StatusOr<RequestSpec> spec = BeginRequest(begin, method_, services_);
   if (!spec.ok()) return spec.status();
-  const int64_t bytes = ReservationBytes(*spec, services_.backend().name != "cpu");
   {
     absl::MutexLock lock(&mu_);
     phase_ = Phase::kWaiting;
     request_id_ = spec->request_id;
     tenant_ = spec->tenant;
   }
-  if (bytes > services_.config.max_request_bytes) {
-    Fail(WithReason(absl::StatusCode::kResourceExhausted, "REQUEST_TOO_LARGE",
-                    absl::StrCat("the request needs ", bytes, " bytes of memory with ",
-                                 "max_open_layers ", spec->max_open_layers, "; the server allows ",
-                                 services_.config.max_request_bytes)),
-         "too_large");
+  if (spec->num_shards > 1) return OpenToShards(*std::move(spec));
+  Admit(*std::move(spec));
+  return absl::OkStatus();
+}
+
+// -- shards ---------------------------------------------------------------------------------------
+
+absl::Status CompressionCall::OpenToShards(RequestSpec spec) {
+  const ShardKey key = {.method = method_, .tenant = spec.tenant, .request_id = spec.request_id};
+  {
+    absl::MutexLock lock(&mu_);
+    phase_ = Phase::kJoining;
+    num_missing_ = spec.num_shards - 1;
+    shards_.resize(static_cast<size_t>(spec.num_shards));
+    joining_ = std::move(spec);
+  }
+  WaitForJoin();
+  auto waiting = services_.shards.Open(key, shared_from_this());
+  if (!waiting.ok()) return waiting.status();
+  bool over = false;
+  {
+    absl::MutexLock lock(&mu_);
+    over = settled_.has_value();
+    if (!over) key_ = key;
+  }
+  if (over) services_.shards.Leave(key, this);  // settled before the key was known
+  for (const std::shared_ptr<CompressionCall>& later : *waiting) later->HandOver(*this);
+  return absl::OkStatus();
+}
+
+absl::Status CompressionCall::HandleLaterShard(const v1::Begin& begin) {
+  absl::StatusOr<ShardNames> names = LaterShardFromBegin(begin);
+  if (!names.ok()) return names.status();
+  const ShardKey key = {
+      .method = method_, .tenant = names->tenant, .request_id = names->request_id};
+  {
+    absl::MutexLock lock(&mu_);
+    phase_ = Phase::kJoining;
+    request_id_ = key.request_id;
+    tenant_ = key.tenant;
+    own_shard_ = begin.shard_index();
+    own_num_shards_ = begin.num_shards();
+    key_ = key;
+  }
+  WaitForJoin();
+  const std::shared_ptr<CompressionCall> first = services_.shards.Join(key, shared_from_this());
+  if (first != nullptr) {
+    HandOver(*first);
     return absl::OkStatus();
   }
-  const std::string tenant = spec->tenant;
-  const Admission::Ticket ticket = services_.admission.Request(
+  bool over = false;
+  {
+    absl::MutexLock lock(&mu_);
+    over = settled_.has_value();
+  }
+  if (over) services_.shards.Leave(key, this);  // settled before it waited
+  return absl::OkStatus();
+}
+
+void CompressionCall::HandOver(CompressionCall& first) {
+  absl::Status status;
+  {
+    absl::MutexLock lock(&mu_);
+    if (settled_.has_value()) return;
+    status = first.Adopt(shards_.front().stream, own_shard_, own_num_shards_);
+    if (status.ok()) {
+      settled_ = absl::OkStatus();  // nothing more happens here
+      shards_.front().stream = nullptr;
+    }
+  }
+  join_alarm_.Cancel();
+  if (!status.ok()) Fail(status);
+}
+
+absl::Status CompressionCall::Adopt(const std::shared_ptr<FrameStream>& stream, int32_t shard,
+                                    int32_t num_shards) {
+  std::optional<RequestSpec> complete;
+  {
+    absl::MutexLock lock(&mu_);
+    if (settled_.has_value()) return NotFound("request", request_id_);
+    if (std::cmp_not_equal(num_shards, shards_.size())) {
+      return InvalidField("num_shards",
+                          absl::StrCat("is ", num_shards, "; the request's is ", shards_.size()));
+    }
+    Shard& joined = shards_[static_cast<size_t>(shard)];
+    if (joined.stream != nullptr) {
+      return InvalidField("shard_index",
+                          absl::StrCat("is ", shard, "; that shard has joined already"));
+    }
+    joined.stream = stream;
+    if (--num_missing_ == 0) {
+      phase_ = Phase::kWaiting;
+      complete = std::exchange(joining_, std::nullopt);
+    }
+  }
+  stream->SetOwner(shared_from_this(), shard);
+  if (!complete.has_value()) return absl::OkStatus();
+  join_alarm_.Cancel();
+  Admit(*std::move(complete));
+  return absl::OkStatus();
+}
+
+void CompressionCall::WaitForJoin() {
+  join_alarm_.Set(absl::ToChronoTime(absl::Now() + kJoinTimeout),
+                  [weak = weak_from_this()](bool expired) {
+                    if (!expired) return;
+                    if (const auto self = weak.lock(); self != nullptr) self->OnJoinTimeout();
+                  });
+}
+
+void CompressionCall::OnJoinTimeout() {
+  std::string request_id;
+  int32_t missing = 0;
+  {
+    absl::MutexLock lock(&mu_);
+    if (phase_ != Phase::kJoining || settled_.has_value()) return;
+    request_id = request_id_;
+    missing = num_missing_;
+  }
+  if (missing == 0) return Fail(NotFound("request", request_id));
+  Fail(PreconditionFailed("SHARDS_MISSING", "num_shards",
+                          absl::StrCat(missing, " shards have not joined within ",
+                                       absl::FormatDuration(kJoinTimeout))));
+}
+
+// -- admission ------------------------------------------------------------------------------------
+
+void CompressionCall::Admit(RequestSpec spec) {
+  const int64_t bytes = ReservationBytes(spec, spec.backend->info().name != "cpu");
+  if (bytes > services_.config.max_request_bytes) {
+    spec.appending.Reset();
+    return Fail(
+        WithReason(absl::StatusCode::kResourceExhausted, "REQUEST_TOO_LARGE",
+                   absl::StrCat("the request needs ", bytes, " bytes of memory with ",
+                                "max_open_layers ", spec.max_open_layers, "; the server allows ",
+                                services_.config.max_request_bytes)),
+        "too_large");
+  }
+  const std::string tenant = spec.tenant;
+  Admission& admission = services_.devices.Of(*spec.backend).admission();
+  const Admission::Ticket ticket = admission.Request(
       tenant, bytes, deadline_,
       [self = shared_from_this(),
-       spec = *std::move(spec)](absl::StatusOr<Reservation> reservation) mutable {
+       spec = std::move(spec)](absl::StatusOr<Reservation> reservation) mutable {
         self->OnAdmitted(std::move(spec), std::move(reservation));
       },
       StartsWork(method_) ? Admission::Draining::kRefuse : Admission::Draining::kAdmit);
@@ -177,10 +327,10 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
   {
     absl::MutexLock lock(&mu_);
     ticket_ = ticket;
+    admission_ = &admission;
     over = settled_.has_value();
   }
-  if (over) services_.admission.Cancel(ticket);  // cancelled before the ticket was known
-  return absl::OkStatus();
+  if (over) admission.Cancel(ticket);  // cancelled before the ticket was known
 }
 
 void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> reservation) {
@@ -199,66 +349,62 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
   accepted.set_max_chunk_bytes(services_.config.max_chunk_bytes);
   encoder_.emplace(spec.max_chunk_bytes, spec.fetch_resume);
   tensor_crcs_.assign(spec.tensors.size(), 0);
+  assigned_bytes_.assign(static_cast<size_t>(spec.num_shards), 0);
   {
     std::vector<Outgoing> first;
-    first.push_back({.message = wire::EncodeMessage(response)});
+    first.emplace_back(wire::EncodeMessage(response));
     Enqueue(std::move(first));
   }
-  absl::StatusOr<std::shared_ptr<Request>> request = Request::Create(
-      std::move(spec), services_.executor, *std::move(reservation), shared_from_this());
+  Executor& executor = services_.devices.Of(*spec.backend).executor();
+  absl::StatusOr<std::shared_ptr<Request>> request =
+      Request::Create(std::move(spec), executor, *std::move(reservation), shared_from_this());
   if (!request.ok()) return Fail(request.status());
-  bool over = false;
+  std::vector<std::shared_ptr<FrameStream>> streams;
   {
     absl::MutexLock lock(&mu_);
-    over = settled_.has_value();
-    if (!over) {
+    if (!settled_.has_value()) {
       request_ = *request;
       phase_ = Phase::kReceiving;
+      streams = Streams();
     }
   }
-  if (over) return (*request)->Cancel();
+  if (streams.empty()) return (*request)->Cancel();
   (*request)->Start();
-  ReadNext();
+  for (const std::shared_ptr<FrameStream>& stream : streams) stream->Resume();
 }
+
+// -- chunks ---------------------------------------------------------------------------------------
 
 std::shared_ptr<Request> CompressionCall::request() {
   absl::MutexLock lock(&mu_);
   return request_;
 }
 
-absl::Status CompressionCall::HandleChunks(wire::Frame frame) {
+absl::StatusOr<FrameStream::Handled> CompressionCall::HandleChunk(int32_t shard,
+                                                                  const wire::Frame& frame) {
   const std::shared_ptr<Request> request = this->request();
   if (request == nullptr) return absl::CancelledError("the call is over");
   const Chunk chunk = {.tensor = frame.header().tensor,
                        .offset = frame.header().offset,
                        .size = frame.data_size(),
-                       .last = frame.header().last};
-  while (true) {
-    absl::StatusOr<Request::ChunkPlace> place = request->Place(chunk);
-    if (!place.ok()) return place.status();
-    if (place->data != nullptr) {
-      absl::Status status = ReceiveChunk(frame, chunk, *place, *request);
-      if (status.ok()) ReadNext();
-      return status;
-    }
-    absl::MutexLock lock(&mu_);
-    if (!std::exchange(room_, false)) {
-      parked_ = std::move(frame);
-      return absl::OkStatus();
-    }
+                       .last = frame.header().last,
+                       .shard = shard};
+  absl::StatusOr<Request::ChunkPlace> place = request->Place(chunk);
+  if (!place.ok()) return place.status();
+  if (place->data == nullptr) return Handled::kRetry;  // until OnRoom
+  if (absl::Status status = ReceiveChunk(frame, chunk, *place, *request); !status.ok()) {
+    return status;
   }
+  return Handled::kDone;
 }
 
 void CompressionCall::OnRoom() {
-  std::optional<wire::Frame> frame;
+  std::vector<std::shared_ptr<FrameStream>> streams;
   {
     absl::MutexLock lock(&mu_);
-    frame = std::exchange(parked_, std::nullopt);
-    if (!frame.has_value()) room_ = true;
+    streams = Streams();
   }
-  if (!frame.has_value()) return;
-  absl::Status status = HandleChunks(*std::move(frame));
-  if (!status.ok()) Fail(std::move(status));
+  for (const std::shared_ptr<FrameStream>& stream : streams) stream->Resume();
 }
 
 absl::Status CompressionCall::ReceiveChunk(const wire::Frame& frame, const Chunk& chunk,
@@ -278,16 +424,17 @@ absl::Status CompressionCall::ReceiveChunk(const wire::Frame& frame, const Chunk
   return absl::OkStatus();
 }
 
-absl::Status CompressionCall::HandleEnd(const v1::End& end) {
+absl::Status CompressionCall::HandleEnd(int32_t shard, const v1::End& end) {
   const std::shared_ptr<Request> request = this->request();
   if (request == nullptr) return absl::CancelledError("the call is over");
-  if (absl::Status status = request->End(end.num_tensors()); !status.ok()) return status;
   {
     absl::MutexLock lock(&mu_);
-    phase_ = Phase::kEnded;
+    shards_[static_cast<size_t>(shard)].ended = true;
+    const bool all =
+        std::all_of(shards_.begin(), shards_.end(), [](const Shard& other) { return other.ended; });
+    if (all) phase_ = Phase::kEnded;
   }
-  ReadNext();  // to see the client close, or say too much
-  return absl::OkStatus();
+  return request->End(shard, end.num_tensors());
 }
 
 // -- out ------------------------------------------------------------------------------------------
@@ -297,111 +444,126 @@ void CompressionCall::OnSequence(SequenceOutput output) { Enqueue(encoder_->Enco
 void CompressionCall::OnLayer(ComputedLayer output) {
   absl::StatusOr<std::vector<Outgoing>> messages = encoder_->Encode(output);
   if (!messages.ok()) return Fail(messages.status());
+  // The layer's memory is free once all of it has left.
+  const std::shared_ptr<const void> layer(this, [request = request()](const void*) {
+    if (request != nullptr) request->LayerSent();
+  });
+  for (Outgoing& message : *messages) message.part_of = layer;
   Enqueue(*std::move(messages));
 }
 
 void CompressionCall::OnEnd(EndOutput output) {
-  absl::MutexLock lock(&mu_);
-  end_ = std::move(output);
-  Pump();
-}
-
-void CompressionCall::OnError(absl::Status status) { Fail(std::move(status)); }
-
-void CompressionCall::Enqueue(std::vector<Outgoing> messages) {
-  absl::MutexLock lock(&mu_);
-  if (settled_.has_value()) return;
-  for (Outgoing& message : messages) queue_.push_back(std::move(message));
-  Pump();
-}
-
-void CompressionCall::Pump() {
-  if (reactor_ == nullptr || writing_ || finished_) return;
-  if (!settled_.has_value()) {
-    if (!queue_.empty()) {
-      outgoing = queue_.front().message;
-    } else if (end_.has_value()) {
-      outgoing = EncodeEnd();
-    } else {
-      return;
-    }
-    writing_ = true;
-    write_started_ = absl::Now();
-    reactor_->StartWrite(&outgoing);
-    return;
-  }
-  if (!let_go_) return;
-  finished_ = true;
-  RecordFinish(*settled_);
-  reactor_->Finish(settled_->ok() ? grpc::Status::OK : ErrorToGrpc(*settled_));
-}
-
-void CompressionCall::OnWritten(bool ok) {
-  std::shared_ptr<Request> layer_sent;
-  std::shared_ptr<Request> over;
-  std::deque<Outgoing> sent;  // freed outside the lock
   {
     absl::MutexLock lock(&mu_);
-    writing_ = false;
-    sending_ += absl::Now() - write_started_;
-    outgoing.Clear();
-    if (ok && !settled_.has_value()) {
-      if (queue_.empty()) {  // that was the end
-        settled_ = absl::OkStatus();
-        let_go_ = true;
-        over = std::exchange(request_, nullptr);
-      } else {
-        sent.push_back(std::move(queue_.front()));
-        queue_.pop_front();
-        if (sent.front().ends_layer) layer_sent = request_;
-      }
-    }
-    if (ok || settled_.has_value()) Pump();
+    end_ = std::move(output);
   }
-  if (!ok) OnCancel();  // the client is gone
-  sent.clear();
-  if (layer_sent != nullptr) layer_sent->LayerSent();
+  MaybeEnd();
+}
+
+void CompressionCall::OnError(absl::Status status) { Fail(status); }
+
+void CompressionCall::Enqueue(std::vector<Outgoing> messages) {
+  std::vector<std::shared_ptr<FrameStream>> streams;
+  {
+    absl::MutexLock lock(&mu_);
+    streams = Streams();
+  }
+  if (streams.empty()) return;
+  std::vector<std::vector<Outgoing>> by_shard(streams.size());
+  for (Outgoing& message : messages) {
+    size_t shard = 0;
+    if (message.num_bytes() > 0) {
+      const auto least = std::min_element(assigned_bytes_.begin(), assigned_bytes_.end());
+      *least += message.num_bytes();
+      shard = static_cast<size_t>(least - assigned_bytes_.begin());
+    }
+    by_shard[shard].push_back(std::move(message));
+  }
+  for (size_t i = 0; i < streams.size(); ++i) {
+    if (!by_shard[i].empty()) streams[i]->Send(std::move(by_shard[i]));
+  }
+}
+
+void CompressionCall::OnIdle(int32_t /*shard*/) { MaybeEnd(); }
+
+void CompressionCall::MaybeEnd() {
+  {
+    absl::MutexLock lock(&mu_);
+    if (settled_.has_value() || !end_.has_value()) return;
+    for (const Shard& shard : shards_) {
+      if (!shard.stream->idle()) return;
+    }
+    if (!std::exchange(end_sent_, true)) {
+      std::vector<Outgoing> end;
+      end.emplace_back(EncodeEnd());
+      shards_.front().stream->Send(std::move(end));  // under the lock: else it might look idle
+      return;
+    }
+  }
+  Settle(absl::OkStatus());
 }
 
 // -- over -----------------------------------------------------------------------------------------
 
-bool CompressionCall::Settle(absl::Status status) {
+std::vector<std::shared_ptr<FrameStream>> CompressionCall::Streams() {
+  std::vector<std::shared_ptr<FrameStream>> streams;
+  if (settled_.has_value()) return streams;
+  for (const Shard& shard : shards_) {
+    if (shard.stream != nullptr) streams.push_back(shard.stream);
+  }
+  return streams;
+}
+
+bool CompressionCall::Settle(const absl::Status& status) {
   std::shared_ptr<Request> request;
-  std::deque<Outgoing> unsent;
-  std::optional<wire::Frame> parked;
+  std::vector<std::shared_ptr<FrameStream>> streams;
+  std::optional<RequestSpec> joining;
+  std::optional<ShardKey> key;
   Admission::Ticket ticket = 0;
+  Admission* admission = nullptr;
   {
     absl::MutexLock lock(&mu_);
-    if (settled_.has_value() || reactor_ == nullptr) return false;
-    settled_ = std::move(status);
+    if (settled_.has_value()) return false;
+    streams = Streams();
+    settled_ = status;
     request = std::exchange(request_, nullptr);
-    unsent.swap(queue_);
-    parked = std::exchange(parked_, std::nullopt);
+    joining.swap(joining_);
+    key.swap(key_);
     ticket = ticket_;
+    admission = admission_;
   }
   // Before the caller hears of the end, and tries again.
-  if (ticket != 0) services_.admission.Cancel(ticket);
-  if (request != nullptr) request->Cancel();
-  absl::MutexLock lock(&mu_);
-  let_go_ = true;
-  Pump();
+  if (key.has_value()) {
+    services_.shards.Leave(*key, this);
+    join_alarm_.Cancel();
+  }
+  joining.reset();
+  if (admission != nullptr) admission->Cancel(ticket);
+  if (request != nullptr && !status.ok()) request->Cancel();
+  request.reset();
+  {
+    absl::MutexLock lock(&mu_);
+    RecordFinish(status);
+  }
+  const grpc::Status finish = status.ok() ? grpc::Status::OK : ErrorToGrpc(status);
+  for (const std::shared_ptr<FrameStream>& stream : streams) stream->Finish(finish);
   return true;
 }
 
-void CompressionCall::Fail(absl::Status status, const char* rejection) {
-  if (Settle(std::move(status)) && rejection != nullptr) services_.metrics.Rejected(rejection);
+void CompressionCall::Fail(const absl::Status& status, const char* rejection) {
+  if (Settle(status) && rejection != nullptr) services_.metrics.Rejected(rejection);
 }
 
-void CompressionCall::OnCancel() {
-  const bool late = absl::Now() >= deadline_;
+void CompressionCall::OnCancelled(int32_t shard, bool late) {
   std::string published;
   std::string tenant;
   const char* phase = "send";
   {
     absl::MutexLock lock(&mu_);
-    if (phase_ == Phase::kBegin || phase_ == Phase::kWaiting) phase = "queue";
+    if (phase_ <= Phase::kWaiting) phase = "queue";
     if (phase_ == Phase::kReceiving) phase = "receive";
-    published.swap(published_);
+    // The end travels on the first stream.
+    if (shard == 0 || !settled_.has_value()) published.swap(published_);
     tenant = tenant_;
   }
   // The caller may not have heard of it.
@@ -410,14 +572,6 @@ void CompressionCall::OnCancel() {
                   : absl::CancelledError("the caller cancelled"))) {
     services_.metrics.Cancelled(phase);
   }
-}
-
-void CompressionCall::OnDone() {
-  {
-    absl::MutexLock lock(&mu_);
-    reactor_ = nullptr;
-  }
-  --services_.num_streams;
 }
 
 // -- records --------------------------------------------------------------------------------------
@@ -435,7 +589,9 @@ grpc::ByteBuffer CompressionCall::EncodeEnd() {
   if (end_->session.has_value()) {
     *end.mutable_session() = SessionToProto(*end_->session, services_.endpoint());
   }
-  end.mutable_seconds()->set_send(absl::ToDoubleSeconds(sending_));
+  absl::Duration sending;
+  for (const Shard& shard : shards_) sending = std::max(sending, shard.stream->sending());
+  end.mutable_seconds()->set_send(absl::ToDoubleSeconds(sending));
   end.set_total_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
   end.set_backend(services_.backend().name);
   RecordResult(end);

@@ -18,16 +18,16 @@ class CompressionService final : public RawCompression {
  public:
   explicit CompressionService(Services& services) : services_(services) {}
 
-  CompressionReactor* Compress(grpc::CallbackServerContext* context) override {
+  FrameReactor* Compress(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kCompress, *context);
   }
-  CompressionReactor* Plan(grpc::CallbackServerContext* context) override {
+  FrameReactor* Plan(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kPlan, *context);
   }
-  CompressionReactor* Apply(grpc::CallbackServerContext* context) override {
+  FrameReactor* Apply(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kApply, *context);
   }
-  CompressionReactor* Calibrate(grpc::CallbackServerContext* context) override {
+  FrameReactor* Calibrate(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kCalibrate, *context);
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/rpc/info_service.h"
 
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,7 +66,7 @@ void FillCapabilities(const ServerConfig& config, const BackendInfo& backend,
   if (has_device && (config.regions == "cuda-ipc" || config.regions == "all")) {
     capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_CUDA_IPC);
   }
-  capabilities.set_max_shards(1);
+  capabilities.set_max_shards(kMaxShards);
   capabilities.set_sessions(true);
 }
 
@@ -127,6 +128,15 @@ grpc::ServerUnaryReactor* InfoService::GetServerInfo(grpc::CallbackServerContext
   FillCapabilities(services_.config, services_.backend(), *response->mutable_capabilities());
   response->set_draining(services_.draining);
   response->set_uptime_seconds(absl::ToDoubleSeconds(absl::Now() - services_.started));
+  for (const std::unique_ptr<Device>& device : services_.devices.all()) {
+    const Backend& backend = device->backend();
+    v1::DeviceInfo& info = *response->add_devices();
+    info.set_name(device->name());
+    info.set_memory_bytes(backend.info().memory_bytes);
+    info.set_used_bytes(backend.device_bytes_in_use());
+    info.set_uuid(backend.info().uuid);
+    info.set_healthy(backend.Healthy().ok());
+  }
   return Reply(context, absl::OkStatus());
 }
 

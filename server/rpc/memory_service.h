@@ -10,6 +10,8 @@ class MemoryService final : public v1::Memory::CallbackService {
  public:
   explicit MemoryService(Services& services) : services_(services) {}
 
+  grpc::ServerBidiReactor<v1::AttachRequest, v1::AttachResponse>* Attach(
+      grpc::CallbackServerContext* context) override;
   grpc::ServerUnaryReactor* Register(grpc::CallbackServerContext* context,
                                      const v1::RegisterRegionRequest* request,
                                      v1::RegisterRegionResponse* response) override;

@@ -12,12 +12,39 @@
 
 namespace dynsplit::rpc {
 
+Outgoing::Outgoing(const ResultTensor& tensor, uint32_t id, int64_t offset, int32_t max_chunk_bytes)
+    : id_(id),
+      data_(tensor.data),
+      owner_(tensor.owner),
+      byte_size_(tensor.byte_size),
+      offset_(offset),
+      max_chunk_bytes_(max_chunk_bytes),
+      crc32c_(wire::Crc32c(tensor.data, static_cast<size_t>(offset))),
+      exhausted_(offset == tensor.byte_size) {}
+
+grpc::ByteBuffer Outgoing::Next() {
+  if (data_ == nullptr) {
+    exhausted_ = true;
+    return message_;
+  }
+  const auto size = static_cast<size_t>(std::min(max_chunk_bytes_, byte_size_ - offset_));
+  const std::byte* data = data_ + offset_;
+  wire::ChunkHeader header = {
+      .tensor = id_, .offset = static_cast<uint64_t>(offset_), .crc32c = wire::Crc32c(data, size)};
+  crc32c_ = wire::Crc32cCombine(crc32c_, header.crc32c, size);
+  offset_ += static_cast<int64_t>(size);
+  exhausted_ = offset_ == byte_size_;
+  header.last = exhausted_;
+  if (header.last) header.tensor_crc32c = crc32c_;
+  return wire::EncodeChunk(header, data, size, owner_);
+}
+
 std::vector<Outgoing> ResultEncoder::Encode(const SequenceOutput& output) {
   v1::CompressResponse response;
   *response.mutable_sequence() = SequenceToProto(output, next_tensor_id_);
   std::vector<Outgoing> messages;
-  messages.push_back({.message = wire::EncodeMessage(response)});
-  AppendChunks(output.tensors, {}, messages);
+  messages.emplace_back(wire::EncodeMessage(response));
+  AppendTensors(output.tensors, {}, messages);
   return messages;
 }
 
@@ -45,34 +72,18 @@ absl::StatusOr<std::vector<Outgoing>> ResultEncoder::Encode(const ComputedLayer&
   v1::CompressResponse response;
   *response.mutable_layer() = LayerToProto(output, next_tensor_id_);
   std::vector<Outgoing> messages;
-  messages.push_back({.message = wire::EncodeMessage(response)});
-  AppendChunks(output.tensors, resume, messages);
-  messages.back().ends_layer = true;
+  messages.emplace_back(wire::EncodeMessage(response));
+  AppendTensors(output.tensors, resume, messages);
   return messages;
 }
 
-void ResultEncoder::AppendChunks(const std::vector<ResultTensor>& tensors,
-                                 const FetchResume& resume, std::vector<Outgoing>& messages) {
+void ResultEncoder::AppendTensors(const std::vector<ResultTensor>& tensors,
+                                  const FetchResume& resume, std::vector<Outgoing>& messages) {
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const ResultTensor& tensor = tensors[i];
     const uint32_t id = next_tensor_id_++;
     const auto resumed = static_cast<size_t>(resume.tensor_index);
-    if (i < resumed) continue;
-    const int64_t begin = i == resumed ? resume.offset : 0;
-    uint32_t tensor_crc = wire::Crc32c(tensor.data, static_cast<size_t>(begin));
-    for (int64_t offset = begin; offset < tensor.byte_size;) {
-      const int64_t size = std::min<int64_t>(max_chunk_bytes_, tensor.byte_size - offset);
-      const std::byte* data = tensor.data + offset;
-      wire::ChunkHeader header = {.tensor = id,
-                                  .offset = static_cast<uint64_t>(offset),
-                                  .crc32c = wire::Crc32c(data, static_cast<size_t>(size))};
-      tensor_crc = wire::Crc32cCombine(tensor_crc, header.crc32c, static_cast<uint64_t>(size));
-      offset += size;
-      header.last = offset == tensor.byte_size;
-      if (header.last) header.tensor_crc32c = tensor_crc;
-      messages.push_back(
-          {.message = wire::EncodeChunk(header, data, static_cast<size_t>(size), tensor.owner)});
-    }
+    if (i < resumed || tensors[i].region.has_value() || tensors[i].byte_size == 0) continue;
+    messages.emplace_back(tensors[i], id, i == resumed ? resume.offset : 0, max_chunk_bytes_);
   }
 }
 

@@ -112,11 +112,11 @@ v1::CompressEnd EndToProto(const EndOutput& output) {
   v1::StageSeconds& seconds = *wire.mutable_seconds();
   seconds.set_receive(output.seconds.receive);
   seconds.set_host_to_device(output.seconds.host_to_device);
-  seconds.set_score(output.seconds.layers.score);
+  seconds.set_score(output.seconds.score);
   seconds.set_split(output.seconds.split);
-  seconds.set_select(output.seconds.layers.select);
-  seconds.set_gather(output.seconds.layers.gather);
-  seconds.set_receipt(output.seconds.layers.receipt);
+  seconds.set_select(output.seconds.select);
+  seconds.set_gather(output.seconds.gather);
+  seconds.set_receipt(output.seconds.receipt);
   seconds.set_device_to_host(output.seconds.device_to_host);
   return wire;
 }

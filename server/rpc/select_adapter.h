@@ -7,7 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "dynsplit/v1/sessions.pb.h"
-#include "server/runtime/select_work.h"
+#include "server/runtime/select_spec.h"
 
 namespace dynsplit::rpc {
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/rpc/select_call.h"
 
+#include <algorithm>
+#include <atomic>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -11,7 +13,7 @@
 #include "server/rpc/session_adapter.h"
 #include "server/rpc/unary.h"
 #include "server/runtime/log.h"
-#include "server/runtime/select_work.h"
+#include "server/runtime/select_batcher.h"
 
 namespace dynsplit::rpc {
 namespace {
@@ -19,26 +21,48 @@ namespace {
 // For what the answer holds beside the sequences.
 constexpr int64_t kAnswerOverheadBytes = 1024;
 
+// What one device does of a call.
+struct Part {
+  Device* device = nullptr;
+  std::vector<StepSpec> steps;
+  std::vector<SessionUse> sessions;
+  std::vector<size_t> places;  // of the steps in the call
+  absl::StatusOr<SelectResult> result = absl::UnknownError("not run");
+};
+
 struct SelectCall {
   Services& services;
   v1::SelectResponse& response;
   grpc::CallbackServerContext& context;
   grpc::ServerUnaryReactor& reactor;
   absl::Time started;
-  std::vector<StepSpec> steps;
-  std::vector<SessionUse> sessions;
+  AnswerBudget answer;
+  std::vector<Part> parts;
+  std::atomic<size_t> num_running = 0;  // parts
 };
+
+Part& PartOf(SelectCall& call, Device& device) {
+  for (Part& part : call.parts) {
+    if (part.device == &device) return part;
+  }
+  Part& part = call.parts.emplace_back();
+  part.device = &device;
+  return part;
+}
 
 absl::Status Prepare(const v1::SelectRequest& request, SelectCall& call) {
   absl::StatusOr<std::string> tenant = TenantFromProto(request.tenant(), "tenant");
   if (!tenant.ok()) return tenant.status();
   absl::StatusOr<std::vector<StepSpec>> steps = StepsFromProto(request);
   if (!steps.ok()) return steps.status();
-  call.steps = *std::move(steps);
-  for (const StepSpec& step : call.steps) {
+  for (size_t i = 0; i < steps->size(); ++i) {
+    StepSpec& step = (*steps)[i];
     absl::StatusOr<SessionUse> session = call.services.sessions.Use(step.session_id, *tenant);
     if (!session.ok()) return session.status();
-    call.sessions.push_back(*std::move(session));
+    Part& part = PartOf(call, call.services.devices.Of((*session)->backend()));
+    part.steps.push_back(std::move(step));
+    part.sessions.push_back(*std::move(session));
+    part.places.push_back(i);
   }
   return absl::OkStatus();
 }
@@ -68,8 +92,9 @@ void Record(const SelectCall& call, const SelectResult& result) {
 // K and V that were demoted go back to the device when it has room again.
 void RestoreLater(Services& services, SessionUse session) {
   if (!services.sessions.ShouldRestore(*session.get())) return;
-  services.executor.Submit([&store = services.sessions, session = std::move(session)](
-                               Backend& /*backend*/, Stream& stream) mutable {
+  Executor& executor = services.devices.Of(session->backend()).executor();
+  executor.Submit([&store = services.sessions, session = std::move(session)](
+                      Backend& /*backend*/, Stream& stream) mutable {
     if (absl::Status status = store.Restore(*session.get(), stream); !status.ok()) {
       Log(LogLevel::kInfo, "a session stays in host memory",
           {{"error", std::string_view(status.message().data(), status.message().size())}});
@@ -77,25 +102,39 @@ void RestoreLater(Services& services, SessionUse session) {
   });
 }
 
-void Run(SelectCall call, Backend& backend, Stream& stream) {
-  if (call.context.IsCancelled()) {  // nobody waits for it any more
-    return FinishCall(call, absl::CancelledError("the caller cancelled"));
+// The parts' results in the order of the call's steps; the first error where one failed.
+absl::StatusOr<SelectResult> Join(SelectCall& call) {
+  SelectResult joined;
+  for (Part& part : call.parts) {
+    if (!part.result.ok()) return part.result.status();
+    SelectResult& result = *part.result;
+    if (call.parts.size() == 1) return std::move(result);
+    joined.device_seconds = std::max(joined.device_seconds, result.device_seconds);
+    joined.memory.insert(joined.memory.end(), result.memory.begin(), result.memory.end());
+    for (size_t i = 0; i < part.places.size(); ++i) {
+      joined.steps.resize(std::max(joined.steps.size(), part.places[i] + 1));
+      joined.steps[part.places[i]] = std::move(result.steps[i]);
+    }
   }
-  absl::StatusOr<SelectResult> result =
-      RunSelect(call.steps, call.sessions, call.services.regions,
-                call.services.config.max_message_bytes - kAnswerOverheadBytes, backend, stream);
+  return joined;
+}
+
+void Answer(SelectCall& call) {
+  const absl::StatusOr<SelectResult> result = Join(call);
   if (!result.ok()) {
-    call.sessions.clear();
+    for (Part& part : call.parts) part.sessions.clear();
     return FinishCall(call, result.status());
   }
   SelectToProto(*result, call.response);
   call.response.set_device_seconds(result->device_seconds);
   call.response.set_total_seconds(absl::ToDoubleSeconds(absl::Now() - call.started));
   Record(call, *result);
-  std::vector<SessionUse> sessions = std::move(call.sessions);
+  std::vector<Part> parts = std::move(call.parts);
   Services& services = call.services;
   FinishCall(call, absl::OkStatus());  // request and response are gone from here on
-  for (SessionUse& session : sessions) RestoreLater(services, std::move(session));
+  for (Part& part : parts) {
+    for (SessionUse& session : part.sessions) RestoreLater(services, std::move(session));
+  }
 }
 
 }  // namespace
@@ -103,27 +142,34 @@ void Run(SelectCall call, Backend& backend, Stream& stream) {
 grpc::ServerUnaryReactor* StartSelectCall(Services& services, const v1::SelectRequest& request,
                                           v1::SelectResponse& response,
                                           grpc::CallbackServerContext& context) {
-  SelectCall call = {.services = services,
-                     .response = response,
-                     .context = context,
-                     .reactor = *context.DefaultReactor(),
-                     .started = absl::Now(),
-                     .steps = {},
-                     .sessions = {}};
-  grpc::ServerUnaryReactor* const reactor = &call.reactor;
-  if (absl::Status status = Prepare(request, call); !status.ok()) {
-    call.sessions.clear();
-    FinishCall(call, status);
+  grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
+  const std::shared_ptr<SelectCall> call(new SelectCall{
+      .services = services,
+      .response = response,
+      .context = context,
+      .reactor = *reactor,
+      .started = absl::Now(),
+      .answer = AnswerBudget(services.config.max_message_bytes - kAnswerOverheadBytes),
+      .parts = {}});
+  if (absl::Status status = Prepare(request, *call); !status.ok()) {
+    call->parts.clear();
+    FinishCall(*call, status);
     return reactor;
   }
-  const bool waits_for_device = services.backend().name != "cpu";
-  Executor::Job job = [call = std::move(call)](Backend& backend, Stream& stream) mutable {
-    Run(std::move(call), backend, stream);
-  };
-  if (waits_for_device) {
-    services.selects.RunOrSubmit(std::move(job));
-  } else {  // its work would keep gRPC's thread busy
-    services.selects.Submit(std::move(job));
+  // The last part's end may come before the loop's: nothing of the call is touched after it.
+  const size_t num_parts = call->parts.size();
+  call->num_running = num_parts;
+  for (size_t i = 0; i < num_parts; ++i) {
+    Part& part = call->parts[i];
+    part.device->selects().Submit({.steps = part.steps,
+                                   .sessions = part.sessions,
+                                   .answer = &call->answer,
+                                   .abandoned = [call] { return call->context.IsCancelled(); },
+                                   .done =
+                                       [call, &part](absl::StatusOr<SelectResult> result) {
+                                         part.result = std::move(result);
+                                         if (--call->num_running == 0) Answer(*call);
+                                       }});
   }
   return reactor;
 }

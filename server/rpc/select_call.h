@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One Select call: refused at once, or run on the threads that are there for selects alone, so
-// that a decode step never waits behind another request's layers.
+// One Select call: refused at once, or run together with others in flight, on threads that are
+// there for selects alone, so that a decode step never waits behind another request's layers.
 #pragma once
 
 #include "dynsplit/v1/sessions.pb.h"

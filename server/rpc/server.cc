@@ -23,34 +23,34 @@
 #include "server/rpc/memory_service.h"
 #include "server/rpc/session_service.h"
 #include "server/runtime/log.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit::rpc {
 namespace {
 
 constexpr const char* kServiceNames[] = {"dynsplit.v1.Compression", "dynsplit.v1.Info",
                                          "dynsplit.v1.Sessions", "dynsplit.v1.Memory"};
-constexpr int32_t kDefaultWorkers = 2;
-// Steps side by side: one is on its way to the device while another returns.
-constexpr int32_t kSelectWorkers = 4;
-// Steps that gRPC's own threads wait for; it has at least twice as many.
-constexpr int32_t kSelectVisitors = 2;
+// Layers side by side on a GPU: one on its way to the device, one that is computed, one on its way
+// back, and one whose results the host reads. On a CPU they would only share the processors.
+constexpr int32_t kDefaultGpuWorkers = 4;
+constexpr int32_t kDefaultCpuWorkers = 2;
 constexpr absl::Duration kWatchPeriod = absl::Milliseconds(250);
 constexpr absl::Duration kDrainPollPeriod = absl::Milliseconds(10);
 
-// gRPC would take the socket file of a server that is alive: look first. A file that nobody
-// listens behind is left for it to replace.
-absl::Status CheckUnixSocketFree(const std::string& path) {
+// The socket file of a server that is alive must not be taken: look first. A file that nobody
+// listens behind is left to be replaced.
+absl::Status CheckUnixSocketFree(const char* option, const std::string& path, int type) {
   struct stat status = {};
   if (lstat(path.c_str(), &status) != 0) {
     return errno == ENOENT ? absl::OkStatus()
                            : absl::InvalidArgumentError(absl::StrCat(
-                                 "option unix-socket is '", path, "': ", std::strerror(errno)));
+                                 "option ", option, " is '", path, "': ", std::strerror(errno)));
   }
   if (!S_ISSOCK(status.st_mode)) {
     return absl::InvalidArgumentError(
-        absl::StrCat("option unix-socket is '", path, "', which exists and is no socket"));
+        absl::StrCat("option ", option, " is '", path, "', which exists and is no socket"));
   }
-  const int probe = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int probe = socket(AF_UNIX, type | SOCK_CLOEXEC, 0);
   if (probe < 0) return absl::InternalError(absl::StrCat("socket: ", std::strerror(errno)));
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
@@ -60,7 +60,7 @@ absl::Status CheckUnixSocketFree(const std::string& path) {
   close(probe);
   if (!alive) return absl::OkStatus();
   return absl::UnavailableError(
-      absl::StrCat("option unix-socket is '", path, "', where another server is listening"));
+      absl::StrCat("option ", option, " is '", path, "', where another server is listening"));
 }
 
 }  // namespace
@@ -78,52 +78,61 @@ struct Server::Listener {
   std::unique_ptr<grpc::Server> server;
 };
 
-Server::Server(ServerConfig config, std::unique_ptr<Backend> backend)
-    : config_(std::move(config)), backend_(std::move(backend)) {}
+Server::Server(ServerConfig config, std::vector<std::unique_ptr<Backend>> backends)
+    : config_(std::move(config)), backends_(std::move(backends)) {}
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
-                                                      std::unique_ptr<Backend> backend,
-                                                      std::string version) {
-  std::unique_ptr<Server> server(new Server(std::move(config), std::move(backend)));
+absl::Status Server::StartDevices() {
+  std::vector<Backend*> backends;
+  for (const std::unique_ptr<Backend>& backend : backends_) backends.push_back(backend.get());
+  const bool all = config_.regions == "all";
+  if (!config_.region_socket.empty()) region_files_ = std::make_unique<PassedFiles>();
+  regions_ = std::make_unique<RegionStore>(
+      RegionStore::Options{.allow_shm = all || config_.regions == "shm",
+                           .allow_cuda_ipc = all || config_.regions == "cuda-ipc",
+                           .max_regions = config_.max_regions,
+                           .max_owners = config_.max_regions,
+                           .files = region_files_.get()},
+      backends);
+  sessions_ = std::make_unique<SessionStore>(
+      SessionStore::Options{.max_sessions = config_.max_sessions,
+                            .max_device_bytes = config_.session_device_bytes,
+                            .max_host_bytes = config_.session_host_bytes,
+                            .max_tenant_bytes = config_.tenant_session_bytes});
+  const int32_t default_workers =
+      backends.front()->info().name == "cpu" ? kDefaultCpuWorkers : kDefaultGpuWorkers;
+  absl::StatusOr<std::unique_ptr<DeviceSet>> devices =
+      DeviceSet::Create({.num_workers = config_.workers == 0 ? default_workers : config_.workers,
+                         .max_request_bytes = config_.max_request_bytes,
+                         .max_in_flight_bytes = config_.max_in_flight_bytes,
+                         .max_queue = config_.max_queue,
+                         .queue_timeout = config_.queue_timeout},
+                        backends, *regions_, *metrics_);
+  if (!devices.ok()) return devices.status();
+  devices_ = *std::move(devices);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(
+    ServerConfig config, std::vector<std::unique_ptr<Backend>> backends, std::string version) {
+  std::unique_ptr<Server> server(new Server(std::move(config), std::move(backends)));
   const ServerConfig& options = server->config_;
-  const BackendInfo& device = server->backend_->info();
+  const BackendInfo& device = server->backends_.front()->info();
   server->metrics_ = std::make_unique<Metrics>(version, device.name, device.device);
+  if (!options.trace.empty()) {
+    if (absl::Status status = OpenTrace(options.trace); !status.ok()) return status;
+  }
   absl::StatusOr<std::unique_ptr<ProfileStore>> profiles =
       ProfileStore::Create({.default_name = options.default_profile,
                             .directory = options.profile_directory,
                             .max_stored = options.max_profiles});
   if (!profiles.ok()) return profiles.status();
   server->profiles_ = *std::move(profiles);
-  server->admission_ =
-      std::make_unique<Admission>(Admission::Options{.capacity_bytes = options.max_in_flight_bytes,
-                                                     .max_queue = options.max_queue,
-                                                     .queue_timeout = options.queue_timeout});
-  absl::StatusOr<std::unique_ptr<Executor>> executor =
-      Executor::Create(*server->backend_, options.workers == 0 ? kDefaultWorkers : options.workers);
-  if (!executor.ok()) return executor.status();
-  server->executor_ = *std::move(executor);
-  executor = Executor::Create(*server->backend_, kSelectWorkers, kSelectVisitors);
-  if (!executor.ok()) return executor.status();
-  server->selects_ = *std::move(executor);
-  const bool all = options.regions == "all";
-  server->regions_ = std::make_unique<RegionStore>(
-      RegionStore::Options{.allow_shm = all || options.regions == "shm",
-                           .allow_cuda_ipc = all || options.regions == "cuda-ipc",
-                           .max_regions = options.max_regions},
-      *server->backend_);
-  server->sessions_ = std::make_unique<SessionStore>(
-      SessionStore::Options{.max_sessions = options.max_sessions,
-                            .max_device_bytes = options.session_device_bytes,
-                            .max_host_bytes = options.session_host_bytes,
-                            .max_tenant_bytes = options.tenant_session_bytes},
-      *server->backend_);
+  if (absl::Status status = server->StartDevices(); !status.ok()) return status;
   server->services_.reset(new Services{.config = options,
                                        .version = std::move(version),
-                                       .executor = *server->executor_,
-                                       .admission = *server->admission_,
+                                       .devices = *server->devices_,
                                        .profiles = *server->profiles_,
                                        .metrics = *server->metrics_,
-                                       .selects = *server->selects_,
                                        .regions = *server->regions_,
                                        .sessions = *server->sessions_});
 
@@ -151,6 +160,16 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
       return status;
     }
   }
+  if (server->region_files_ != nullptr) {
+    absl::Status status =
+        CheckUnixSocketFree("region-socket", options.region_socket, SOCK_SEQPACKET);
+    if (!status.ok()) return status;
+    unlink(options.region_socket.c_str());  // left behind: nobody listens
+    absl::StatusOr<std::unique_ptr<RegionSocket>> socket =
+        RegionSocket::Start(options.region_socket, *server->region_files_);
+    if (!socket.ok()) return socket.status();
+    server->region_socket_ = *std::move(socket);
+  }
   server->SetServing(true);
   server->watcher_ = std::thread([self = server.get()] { self->Watch(); });
   return server;
@@ -158,7 +177,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(ServerConfig config,
 
 absl::Status Server::Listen(const std::string& address, bool unix_socket) {
   if (unix_socket) {
-    if (absl::Status status = CheckUnixSocketFree(address); !status.ok()) return status;
+    absl::Status status = CheckUnixSocketFree("unix-socket", address, SOCK_STREAM);
+    if (!status.ok()) return status;
   }
   auto listener = std::make_unique<Listener>(*services_);
   const std::string target = unix_socket ? absl::StrCat("unix:", address) : address;
@@ -207,7 +227,7 @@ void Server::Stop(absl::Duration drain_timeout) {
   if (stopped_.exchange(true)) return;
   if (services_ != nullptr) {
     services_->draining = true;
-    admission_->Drain(kDrainRetryAfterMs);
+    devices_->Drain(kDrainRetryAfterMs);
     const absl::Time deadline = absl::Now() + drain_timeout;
     while (services_->num_streams > 0 && absl::Now() < deadline) absl::SleepFor(kDrainPollPeriod);
     if (const int64_t left = services_->num_streams; left > 0) {
@@ -223,6 +243,7 @@ void Server::Stop(absl::Duration drain_timeout) {
     listener->server.reset();
     if (!listener->unix_socket.empty()) unlink(listener->unix_socket.c_str());
   }
+  region_socket_.reset();
   stopping_.Notify();
   if (watcher_.joinable()) watcher_.join();
   http_.reset();
@@ -239,46 +260,57 @@ void Server::SetServing(bool serving) {
 }
 
 void Server::Watch() {
+  std::vector<const Device*> failed;  // told of already
   while (!stopping_.WaitForNotificationWithTimeout(kWatchPeriod)) {
     sessions_->Sweep();
     regions_->Sweep();
-    const absl::Status status = backend_->Healthy();
-    if (status.ok() || not_serving_) continue;
-    Log(LogLevel::kError, "the device has failed",
-        {{"error", std::string_view(status.message().data(), status.message().size())}});
-    SetServing(false);
+    for (const std::unique_ptr<Device>& device : devices_->all()) {
+      const absl::Status status = device->backend().Healthy();
+      if (status.ok() || std::find(failed.begin(), failed.end(), device.get()) != failed.end()) {
+        continue;
+      }
+      failed.push_back(device.get());
+      Log(LogLevel::kError, "the device has failed",
+          {{"device", std::string_view(device->name())},
+           {"error", std::string_view(status.message().data(), status.message().size())}});
+    }
+    if (!devices_->Healthy().ok() && !not_serving_) SetServing(false);
   }
 }
 
 absl::Status Server::ReadyStatus() const {
-  if (absl::Status status = backend_->Healthy(); !status.ok()) return status;
+  if (absl::Status status = devices_->Healthy(); !status.ok()) return status;
   if (not_serving_) return absl::UnavailableError("draining");
   return absl::OkStatus();
 }
 
 Metrics::Live Server::live() const {
   const SessionStore::Totals sessions = sessions_->totals();
-  int64_t region_bytes = 0;
   const std::vector<RegionStore::Info> regions = regions_->List();
-  for (const RegionStore::Info& region : regions) region_bytes += region.byte_size;
-  return {.reserved_bytes = admission_->reserved_bytes(),
-          .capacity_bytes = config_.max_in_flight_bytes,
-          .queue_depth = admission_->queue_depth(),
-          .streams = services_->num_streams,
-          .device_bytes = backend_->device_bytes_in_use(),
-          .host_bytes = backend_->host_bytes_in_use(),
-          .sessions = sessions.num_sessions,
-          .session_device_bytes = sessions.device_bytes,
-          .session_host_bytes = sessions.host_bytes,
-          .sessions_opened = sessions.opened,
-          .sessions_released = sessions.released,
-          .sessions_expired = sessions.expired,
-          .demotions = sessions.demotions,
-          .restorations = sessions.restorations,
-          .regions = static_cast<int64_t>(regions.size()),
-          .region_bytes = region_bytes,
-          .device_healthy = backend_->Healthy().ok(),
-          .draining = not_serving_};
+  Metrics::Live live = {.streams = services_->num_streams,
+                        .sessions = sessions.num_sessions,
+                        .session_device_bytes = sessions.device_bytes,
+                        .session_host_bytes = sessions.host_bytes,
+                        .sessions_opened = sessions.opened,
+                        .sessions_released = sessions.released,
+                        .sessions_expired = sessions.expired,
+                        .sessions_lost = sessions.lost,
+                        .demotions = sessions.demotions,
+                        .restorations = sessions.restorations,
+                        .regions = static_cast<int64_t>(regions.size()),
+                        .draining = not_serving_,
+                        .devices = {}};
+  for (const RegionStore::Info& region : regions) live.region_bytes += region.byte_size;
+  for (const std::unique_ptr<Device>& device : devices_->all()) {
+    Metrics::LiveDevice one = device->live();
+    live.reserved_bytes += one.reserved_bytes;
+    live.capacity_bytes += device->capacity_bytes();
+    live.queue_depth += one.queue_depth;
+    live.device_bytes += one.device_bytes;
+    live.host_bytes += one.host_bytes;
+    live.devices.push_back(std::move(one));
+  }
+  return live;
 }
 
 }  // namespace dynsplit::rpc

@@ -14,6 +14,8 @@
 #include "server/pipeline/backend.h"
 #include "server/rpc/services.h"
 #include "server/runtime/http.h"
+#include "server/runtime/passed_files.h"
+#include "server/runtime/region_socket.h"
 
 namespace dynsplit::rpc {
 
@@ -21,10 +23,9 @@ namespace dynsplit::rpc {
 class Server {
  public:
   // Listens and serves. One sentence of error where an address is taken, a profile is broken, ...
-  // Requires: ValidateConfig(config) is OK.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(ServerConfig config,
-                                                       std::unique_ptr<Backend> backend,
-                                                       std::string version);
+  // Requires: ValidateConfig(config) is OK; at least one backend, all of one kind.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(
+      ServerConfig config, std::vector<std::unique_ptr<Backend>> backends, std::string version);
   ~Server();  // Shutdown() with nothing to wait for, where it was not called.
   Server(const Server&) = delete;
   Server& operator=(const Server&) = delete;
@@ -36,14 +37,15 @@ class Server {
   // UNAVAILABLE; requests in flight have drain_timeout to finish, the rest is cancelled. Blocks.
   void Shutdown();
 
-  // OK, or the fault that made the device unusable.
-  absl::Status device_status() const { return backend_->Healthy(); }
+  // OK while a device works, else a fault that made one unusable.
+  absl::Status device_status() const { return devices_->Healthy(); }
   Metrics::Live live() const;
 
  private:
   struct Listener;
 
-  Server(ServerConfig config, std::unique_ptr<Backend> backend);
+  Server(ServerConfig config, std::vector<std::unique_ptr<Backend>> backends);
+  absl::Status StartDevices();
   absl::Status Listen(const std::string& address, bool unix_socket);
   absl::Status ReadyStatus() const;
   void SetServing(bool serving);
@@ -52,16 +54,16 @@ class Server {
 
   // Constant after Start. Destroyed in reverse: calls, then jobs, then what they use.
   const ServerConfig config_;
-  const std::unique_ptr<Backend> backend_;
+  const std::vector<std::unique_ptr<Backend>> backends_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<ProfileStore> profiles_;
-  std::unique_ptr<Admission> admission_;
+  std::unique_ptr<PassedFiles> region_files_;
   std::unique_ptr<RegionStore> regions_;
   std::unique_ptr<SessionStore> sessions_;
   std::unique_ptr<Services> services_;
-  std::unique_ptr<Executor> executor_;
-  std::unique_ptr<Executor> selects_;
+  std::unique_ptr<DeviceSet> devices_;
   std::unique_ptr<HttpServer> http_;
+  std::unique_ptr<RegionSocket> region_socket_;
   std::vector<std::unique_ptr<Listener>> listeners_;
   int port_ = 0;
 

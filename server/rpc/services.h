@@ -9,9 +9,9 @@
 
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
-#include "server/runtime/admission.h"
+#include "server/rpc/shard_table.h"
 #include "server/runtime/config.h"
-#include "server/runtime/executor.h"
+#include "server/runtime/devices.h"
 #include "server/runtime/metrics.h"
 #include "server/runtime/profiles.h"
 #include "server/runtime/regions.h"
@@ -23,11 +23,9 @@ namespace dynsplit::rpc {
 struct Services {
   const ServerConfig& config;
   const std::string version;
-  Executor& executor;
-  Admission& admission;
+  DeviceSet& devices;
   ProfileStore& profiles;
   Metrics& metrics;
-  Executor& selects;  // of decode steps only
   RegionStore& regions;
   SessionStore& sessions;
   const absl::Time started = absl::Now();
@@ -35,9 +33,12 @@ struct Services {
   std::atomic<bool> draining = false;      // new requests are refused
   std::atomic<uint64_t> next_request = 1;  // names requests that do not name themselves
 
+  ShardTable shards{};  // requests that streams may join
+
   std::atomic<int> port = 0;  // TCP, once it is bound
 
-  const BackendInfo& backend() const { return executor.backend().info(); }
+  // Of the first device; all have the same kind of backend.
+  const BackendInfo& backend() const { return devices.all().front()->backend().info(); }
   // Where calls about a session of this server must go.
   std::string endpoint() const {
     if (config.listen.empty()) return "unix:" + config.unix_socket;

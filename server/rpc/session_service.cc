@@ -99,7 +99,7 @@ grpc::ServerUnaryReactor* SessionsService::Map(grpc::CallbackServerContext* cont
   absl::StatusOr<std::string> handle;
   {
     absl::ReaderMutexLock lock(&(*session)->mu);
-    handle = services_.executor.backend().ExportHandle((*session)->sequence->key_value());
+    handle = (*session)->backend().ExportHandle((*session)->sequence->key_value());
   }
   if (!handle.ok()) {
     status = handle.status();
@@ -108,7 +108,7 @@ grpc::ServerUnaryReactor* SessionsService::Map(grpc::CallbackServerContext* cont
   }
   const SessionSnapshot snapshot = Snapshot(*session->get(), services_.sessions);
   response->set_handle(*handle);
-  response->set_device_uuid(services_.backend().uuid);
+  response->set_device_uuid((*session)->backend().info().uuid);
   FillMapping(snapshot, *response);
   *response->mutable_session() = SessionToProto(snapshot, services_.endpoint());
   return Reply(context, absl::OkStatus());

@@ -21,13 +21,13 @@ class SessionsService final : public RawSessions {
  public:
   explicit SessionsService(Services& services) : services_(services) {}
 
-  CompressionReactor* Open(grpc::CallbackServerContext* context) override {
+  FrameReactor* Open(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kOpen, *context);
   }
-  CompressionReactor* Append(grpc::CallbackServerContext* context) override {
+  FrameReactor* Append(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kAppend, *context);
   }
-  CompressionReactor* Fetch(grpc::CallbackServerContext* context) override {
+  FrameReactor* Fetch(grpc::CallbackServerContext* context) override {
     return StartCompressionCall(services_, Method::kFetch, *context);
   }
   grpc::ServerUnaryReactor* Select(grpc::CallbackServerContext* context,

@@ -399,6 +399,12 @@ v1::TensorDescriptor TensorToProto(const ResultTensor& tensor, uint32_t id,
   if (tensor.scale_granularity.has_value()) {
     descriptor.set_scale_granularity(kGranularities.ToWire(*tensor.scale_granularity));
   }
+  if (tensor.region.has_value()) {
+    v1::RegionSlice& slice = *descriptor.mutable_location()->mutable_region();
+    slice.set_name(tensor.region->name);
+    slice.set_generation(tensor.region->generation);
+    slice.set_offset_bytes(tensor.region->offset_bytes);
+  }
   return descriptor;
 }
 

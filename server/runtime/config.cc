@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "server/runtime/config.h"
 
+#include <algorithm>
 #include <array>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/ascii.h"
@@ -90,16 +92,19 @@ std::vector<ConfigOption> MakeOptions() {
            "host:port of /metrics, /healthz and /readyz; empty = nowhere"),
       Text("backend", &C::backend, "auto, cpu or cuda"),
       Int32("device", &C::device, "CUDA device number"),
+      Text("devices", &C::devices,
+           "several devices: their number, or CUDA device numbers as in 0,2; on the CPU each is a "
+           "share of threads and device-memory; empty = device alone"),
       Int32("threads", &C::threads, "threads of the CPU backend; 0 = one per processor"),
-      Int32("workers", &C::workers, "layers computed at a time; 0 = 2"),
+      Int32("workers", &C::workers, "layers computed at a time; 0 = 4 on CUDA, else 2"),
       Bytes("device-memory", &C::device_memory_bytes,
             "cap of device memory, bytes or with KiB, MiB, GiB; 0 = the backend's own"),
       Bytes("pinned-memory", &C::pinned_memory_bytes,
             "cap of pinned host memory (CUDA), bytes; 0 = the backend's own"),
       Bytes("max-request-bytes", &C::max_request_bytes, "memory one request may reserve, bytes"),
       Bytes("max-in-flight-bytes", &C::max_in_flight_bytes,
-            "memory all requests may reserve, bytes"),
-      Int32("max-queue", &C::max_queue, "requests that may wait for memory"),
+            "memory all requests may reserve, in equal shares of the devices, bytes"),
+      Int32("max-queue", &C::max_queue, "requests that may wait for memory of a device"),
       Duration("queue-timeout", &C::queue_timeout, "longest wait for memory, e.g. 30s"),
       Int32("max-streams", &C::max_streams, "compression streams open at a time"),
       Bytes32("max-message-bytes", &C::max_message_bytes, "one gRPC message, bytes"),
@@ -107,7 +112,7 @@ std::vector<ConfigOption> MakeOptions() {
       Bytes("max-total-tensors", &C::max_total_tensors, "tensor descriptors of one request"),
       Int32("max-sessions", &C::max_sessions, "sequences kept as sessions at a time"),
       Bytes("session-device-memory", &C::session_device_bytes,
-            "cap of all sessions' device memory, bytes; 0 = as device-memory"),
+            "cap of the sessions' memory on each device, bytes; 0 = as device-memory"),
       Bytes("session-host-memory", &C::session_host_bytes,
             "cap of all sessions' pinned host memory, bytes; 0 = as pinned-memory"),
       Bytes("tenant-session-bytes", &C::tenant_session_bytes,
@@ -115,6 +120,8 @@ std::vector<ConfigOption> MakeOptions() {
       Text("regions", &C::regions,
            "memory that clients on this host may register: none, shm, cuda-ipc or all"),
       Int32("max-regions", &C::max_regions, "regions of memory registered at a time"),
+      Text("region-socket", &C::region_socket,
+           "path of a side socket over which clients pass memory as descriptors; empty = none"),
       Duration("drain-timeout", &C::drain_timeout, "time for requests in flight after SIGTERM"),
       Duration("pre-stop-delay", &C::pre_stop_delay,
                "time between turning not ready and refusing new requests"),
@@ -125,6 +132,8 @@ std::vector<ConfigOption> MakeOptions() {
       Int32("max-profiles", &C::max_profiles, "delimiter profiles that can be stored"),
       Text("log-level", &C::log_level, "debug, info, warning or error"),
       Bool("reflection", &C::reflection, "gRPC server reflection, true or false"),
+      Text("trace", &C::trace,
+           "debugging: file to append the times of every layer's steps to; empty = none"),
   };
 }
 
@@ -187,6 +196,28 @@ absl::Status ParseBytes(std::string_view text, int64_t& value) {
   }
   value = number << shift;
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<int32_t>> ParseDevices(std::string_view text) {
+  const absl::Status wrong =
+      Expect("a number of devices in [1, 64], or different device numbers in [0, 1023] as in 0,2");
+  std::vector<int32_t> devices;
+  if (!absl::StrContains(View(text), ',')) {
+    int32_t count = 0;
+    if (!absl::SimpleAtoi(View(text), &count) || count < 1 || count > 64) return wrong;
+    devices.resize(static_cast<size_t>(count));
+    std::iota(devices.begin(), devices.end(), 0);
+    return devices;
+  }
+  for (const absl::string_view number : absl::StrSplit(View(text), ',')) {
+    int32_t device = 0;
+    if (!absl::SimpleAtoi(number, &device) || device < 0 || device > 1023 ||
+        std::find(devices.begin(), devices.end(), device) != devices.end()) {
+      return wrong;
+    }
+    devices.push_back(device);
+  }
+  return devices;
 }
 
 absl::Status SetOption(std::string_view name, std::string_view value, ServerConfig& config) {
@@ -273,9 +304,27 @@ absl::Status ValidateConfig(const ServerConfig& config) {
   if (config.listen.empty() && config.unix_socket.empty()) {
     return absl::InvalidArgumentError("options listen and unix-socket are both empty");
   }
+  if (!config.devices.empty()) {
+    if (config.device != 0) {
+      return absl::InvalidArgumentError("options device and devices are both set");
+    }
+    if (const auto devices = ParseDevices(config.devices); !devices.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("option devices is '", config.devices, "'; ", devices.status().message()));
+    }
+  }
   if (config.unix_socket.size() > 107) {
     return absl::InvalidArgumentError(absl::StrCat(
         "option unix-socket has ", config.unix_socket.size(), " bytes; must have at most 107"));
+  }
+  if (config.region_socket.size() > 107) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "option region-socket has ", config.region_socket.size(), " bytes; must have at most 107"));
+  }
+  if (!config.region_socket.empty() && config.regions != "shm" && config.regions != "all") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("option region-socket is set; option regions is '", config.regions,
+                     "' and must be shm or all"));
   }
   if (config.backend != "auto" && config.backend != "cpu" && config.backend != "cuda") {
     return absl::InvalidArgumentError(

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 
 namespace dynsplit {
@@ -27,8 +28,9 @@ struct ServerConfig {
 
   std::string backend = "auto";     // auto, cpu or cuda
   int32_t device = 0;               // CUDA device number
+  std::string devices;              // several: see ParseDevices; empty = `device` alone
   int32_t threads = 0;              // threads of the CPU backend; 0 = one per processor
-  int32_t workers = 0;              // layers computed at a time; 0 = 2
+  int32_t workers = 0;              // layers computed at a time; 0 = 4 on CUDA, else 2
   int64_t device_memory_bytes = 0;  // cap of the backend's device pool; 0 = the backend's own
   int64_t pinned_memory_bytes = 0;  // cap of pinned host memory (CUDA); 0 = the backend's own
   int64_t max_request_bytes = int64_t{8} << 30;      // memory one request may reserve
@@ -46,7 +48,10 @@ struct ServerConfig {
   int64_t tenant_session_bytes = 0;  // cap of one tenant's sessions, wherever; 0 = none
 
   std::string regions = "none";  // memory that clients may register: none, shm, cuda-ipc or all
-  int32_t max_regions = 256;     // registered at a time
+  int32_t max_regions = 256;     // registered at a time, and owners of regions
+  // Path of the side socket over which clients pass memory as descriptors, at most 107 bytes; empty
+  // = none.
+  std::string region_socket;
 
   absl::Duration drain_timeout = absl::Seconds(30);  // for requests in flight after SIGTERM
   absl::Duration pre_stop_delay;  // between "not serving" and refusing new requests; 0 s
@@ -59,6 +64,7 @@ struct ServerConfig {
 
   std::string log_level = "info";  // debug, info, warning or error
   bool reflection = true;          // gRPC server reflection
+  std::string trace;               // file for the times of every layer's steps; empty = none
 };
 
 // One option: its name on the command line ("max-queue"), in the environment (DYNSPLIT_MAX_QUEUE)
@@ -85,5 +91,9 @@ absl::Status ValidateConfig(const ServerConfig& config);
 absl::Status ParseDuration(std::string_view text, absl::Duration& value);
 // "8GiB", "512MiB", "4096"; binary units only.
 absl::Status ParseBytes(std::string_view text, int64_t& value);
+
+// "4": the first four; "0,2": those. Numbers of CUDA devices; on the CPU backend only their count
+// matters: each is an equal share of threads and memory.
+absl::StatusOr<std::vector<int32_t>> ParseDevices(std::string_view text);
 
 }  // namespace dynsplit

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
 #include "server/runtime/host_finite.h"
+#include "server/runtime/output_need.h"
 
 namespace dynsplit {
 namespace {
@@ -95,36 +96,115 @@ absl::Status CheckInts(const RequestSpec& spec, const RequestTensor& tensor,
   return absl::OkStatus();
 }
 
-// Moves device results to the host, remembering what they are.
+// Moves device results to the host, or to the caller's room, remembering what they are.
 class Collector {
  public:
-  Collector(Backend& backend, Stream& stream, ComputedLayer& output)
-      : backend_(backend), stream_(stream), output_(output) {}
+  Collector(Backend& backend, Stream& stream, OutputRoom* room, ComputedLayer& output)
+      : backend_(backend), stream_(stream), room_(room), output_(output) {}
 
-  absl::Status Add(TensorKind kind, Buffer device, DType dtype, std::vector<int64_t> shape,
-                   std::optional<ScaleGranularity> granularity = std::nullopt) {
+  // `tensor` says all but where its bytes are.
+  absl::Status Add(ResultTensor tensor, Buffer device) {
     if (device.empty()) return absl::OkStatus();
-    int64_t bytes = DTypeBytes(dtype);
-    for (const int64_t size : shape) bytes *= size;
-    absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
-    if (!host.ok()) return host.status();
-    auto owner = std::make_shared<Buffer>(*std::move(host));
-    ResultTensor tensor{.kind = kind,
-                        .dtype = dtype,
-                        .shape = std::move(shape),
-                        .scale_granularity = granularity,
-                        .data = owner->data(),
-                        .byte_size = bytes,
-                        .owner = owner};
+    tensor.byte_size = DTypeBytes(tensor.dtype);
+    for (const int64_t size : tensor.shape) tensor.byte_size *= size;
+    if (absl::Status status =
+            room_ != nullptr ? Place(tensor, std::move(device)) : ToHost(tensor, std::move(device));
+        !status.ok()) {
+      return status;
+    }
     output_.tensors.push_back(std::move(tensor));
     return absl::OkStatus();
   }
 
+  // The same of what is in host memory already; `source` is where the backend copies it from.
+  absl::Status AddHost(ResultTensor tensor, Buffer source) {
+    absl::Status status = room_ != nullptr ? Place(tensor, std::move(source)) : absl::OkStatus();
+    output_.tensors.push_back(std::move(tensor));
+    return status;
+  }
+
+  absl::Status AddPageTable(int64_t num_pages) {
+    std::vector<int32_t> table(static_cast<size_t>(num_pages));
+    std::iota(table.begin(), table.end(), 0);
+    Buffer source;
+    if (room_ != nullptr) {
+      absl::StatusOr<Buffer> host =
+          backend_.AllocateHost(num_pages * static_cast<int64_t>(sizeof(int32_t)));
+      if (!host.ok()) return host.status();
+      std::copy(table.begin(), table.end(), host->as<int32_t>());
+      source = *std::move(host);
+    }
+    return AddHost(Int32Output(TensorKind::kPageTable, {num_pages}, std::move(table)),
+                   std::move(source));
+  }
+
  private:
+  absl::Status ToHost(ResultTensor& tensor, Buffer device) {
+    absl::StatusOr<Buffer> host = backend_.ToHost(std::move(device), stream_);
+    if (!host.ok()) return host.status();
+    auto owner = std::make_shared<Buffer>(*std::move(host));
+    tensor.data = owner->data();
+    tensor.owner = std::move(owner);
+    return absl::OkStatus();
+  }
+
+  absl::Status Place(ResultTensor& tensor, Buffer made) {
+    const std::byte* at = made.data();
+    if (!room_->Holds(at)) {
+      absl::StatusOr<Buffer> place = room_->Take(tensor.byte_size);
+      if (!place.ok()) return place.status();
+      at = place->data();
+      absl::Status status = backend_.Copy(place->data(), made.data(), tensor.byte_size, stream_);
+      copied_.push_back(std::move(made));
+      if (!status.ok()) return status;
+    }
+    tensor.region = room_->NameOf(at);
+    tensor.data = nullptr;
+    tensor.owner = nullptr;
+    return absl::OkStatus();
+  }
+
   Backend& backend_;
   Stream& stream_;
+  OutputRoom* const room_;
   ComputedLayer& output_;
+  std::vector<Buffer> copied_;  // until the device is done with them
 };
+
+absl::Status CollectPages(const SequenceContext& context, LayerPages& pages, Collector& collect) {
+  const SequenceShape& shape = context.spec.shape;
+  const int64_t heads = shape.num_kv_heads;
+  const int64_t page_size = context.spec.policy.page_size;
+  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
+  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
+                                            shape.head_dim};
+  const auto add = [&](TensorKind kind, Buffer& from, DType dtype, std::vector<int64_t> sizes) {
+    return collect.Add({.kind = kind,
+                        .dtype = dtype,
+                        .shape = std::move(sizes),
+                        .scale_granularity = std::nullopt},
+                       std::move(from));
+  };
+  const auto add_scales = [&](TensorKind kind, Buffer& from, ScaleGranularity granularity) {
+    const bool per_head = granularity == ScaleGranularity::kHead;
+    return collect.Add({.kind = kind,
+                        .dtype = DType::kFloat32,
+                        .shape = per_head ? std::vector<int64_t>{heads}
+                                          : std::vector<int64_t>{pages.num_pages, page_size, heads},
+                        .scale_granularity = granularity},
+                       std::move(from));
+  };
+  absl::Status status = add(TensorKind::kKeyPages, pages.key_pages, pages.key_dtype, page_shape);
+  status.Update(add(TensorKind::kValuePages, pages.value_pages, pages.value_dtype, page_shape));
+  status.Update(
+      add_scales(TensorKind::kKeyPageScales, pages.key_scales, pages.key_scale_granularity));
+  status.Update(
+      add_scales(TensorKind::kValuePageScales, pages.value_scales, pages.value_scale_granularity));
+  status.Update(add(TensorKind::kBlockKeyMin, pages.block_min, pages.summary_dtype, block_shape));
+  status.Update(add(TensorKind::kBlockKeyMax, pages.block_max, pages.summary_dtype, block_shape));
+  status.Update(add(TensorKind::kBlockKeyMean, pages.block_mean, pages.summary_dtype, block_shape));
+  return status;
+}
 
 // Most tokens a head of a layer may keep.
 int64_t MostKept(const SequenceSpec& spec) {
@@ -329,58 +409,37 @@ ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vecto
           .owner = owner};
 }
 
-absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                           LayerPages pages, Backend& backend, Stream& stream) {
+absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerResult& result,
+                                           OutputRoom* room, Backend& backend, StageTimer& timer) {
+  LayerDecision& decision = result.decision;
   ComputedLayer output;
+  output.num_pages = result.pages.num_pages;
+  Collector collect(backend, timer.stream(), room, output);
+  const int64_t num_kept = decision.plan.groups * decision.plan.num_kept;
+  absl::Status status =
+      collect.AddHost({.kind = TensorKind::kKeptTokens,
+                       .dtype = DType::kInt32,
+                       .shape = {decision.plan.groups, decision.plan.num_kept},
+                       .scale_granularity = std::nullopt,
+                       .byte_size = num_kept * static_cast<int64_t>(sizeof(int32_t))},
+                      Buffer(decision.kept.data(), decision.kept.size_bytes(), nullptr));
+  if (status.ok() && output.num_pages > 0) {
+    status = collect.AddPageTable(output.num_pages);
+    if (status.ok()) status = CollectPages(context, result.pages, collect);
+  }
+  timer.End(LayerStage::kDeviceToHost);
+  // Also after a failure: nothing may be freed while the device still works on it.
+  status.Update(timer.stream().Synchronize());
+  if (!status.ok()) return status;
+
+  ReadDecision(decision);
   auto plan = std::make_shared<const LayerPlan>(std::move(decision.plan));
   output.plan = plan;
   output.hash = plan->Hash();
-  output.num_pages = pages.num_pages;
-  output.tensors.push_back({.kind = TensorKind::kKeptTokens,
-                            .dtype = DType::kInt32,
-                            .shape = {plan->groups, plan->num_kept},
-                            .scale_granularity = std::nullopt,
-                            .data = reinterpret_cast<const std::byte*>(plan->kept.data()),
-                            .byte_size = static_cast<int64_t>(plan->kept.size() * sizeof(int32_t)),
-                            .owner = plan});
-  if (pages.num_pages == 0) return output;
-
-  std::vector<int32_t> table(static_cast<size_t>(pages.num_pages));
-  std::iota(table.begin(), table.end(), 0);
-  output.tensors.push_back(
-      Int32Output(TensorKind::kPageTable, {pages.num_pages}, std::move(table)));
-
-  const SequenceShape& shape = context.spec.shape;
-  const int64_t heads = shape.num_kv_heads;
-  const int64_t page_size = context.spec.policy.page_size;
-  const std::vector<int64_t> page_shape = {pages.num_pages, page_size, heads, shape.head_dim};
-  const auto scale_shape = [&](ScaleGranularity granularity) {
-    return granularity == ScaleGranularity::kHead
-               ? std::vector<int64_t>{heads}
-               : std::vector<int64_t>{pages.num_pages, page_size, heads};
-  };
-  const std::vector<int64_t> block_shape = {context.segmentation.num_blocks(), heads,
-                                            shape.head_dim};
-  Collector collect(backend, stream, output);
-  absl::Status status =
-      collect.Add(TensorKind::kKeyPages, std::move(pages.key_pages), pages.key_dtype, page_shape);
-  status.Update(collect.Add(TensorKind::kValuePages, std::move(pages.value_pages),
-                            pages.value_dtype, page_shape));
-  status.Update(collect.Add(TensorKind::kKeyPageScales, std::move(pages.key_scales),
-                            DType::kFloat32, scale_shape(pages.key_scale_granularity),
-                            pages.key_scale_granularity));
-  status.Update(collect.Add(TensorKind::kValuePageScales, std::move(pages.value_scales),
-                            DType::kFloat32, scale_shape(pages.value_scale_granularity),
-                            pages.value_scale_granularity));
-  status.Update(collect.Add(TensorKind::kBlockKeyMin, std::move(pages.block_min),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMax, std::move(pages.block_max),
-                            pages.summary_dtype, block_shape));
-  status.Update(collect.Add(TensorKind::kBlockKeyMean, std::move(pages.block_mean),
-                            pages.summary_dtype, block_shape));
-  // Also after a failure: nothing may be freed while the device still works on it.
-  status.Update(stream.Synchronize());
-  if (!status.ok()) return status;
+  if (room == nullptr) {  // else the device has written them
+    output.tensors.front().data = reinterpret_cast<const std::byte*>(plan->kept.data());
+    output.tensors.front().owner = plan;
+  }
   return output;
 }
 
@@ -398,7 +457,9 @@ int32_t MaxLayersInFlight(const RequestSpec& spec) {
   const int32_t num_layers = spec.sequence.shape.num_layers;
   const bool global = spec.sequence.policy.scope == Scope::kGlobal &&
                       (spec.method == Method::kCompress || spec.method == Method::kPlan);
-  // Beside the layers that arrive: one being computed, one being sent.
+  // Beside the layers that arrive: one being computed, one being sent. Where nothing arrives,
+  // because all lies in regions, all of them are at work: with the default two, one a worker of a
+  // GPU.
   return global ? num_layers : std::min(num_layers, spec.max_open_layers + 2);
 }
 
@@ -418,6 +479,10 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
   }
   const int64_t input = *std::max_element(layer_bytes.begin(), layer_bytes.end());
   int64_t output = 0;
+  int64_t output_copies = copies;
+  if (spec.output != nullptr) {  // no host copy; none at all where operations write there
+    output_copies = WritesInPlace(spec, device_has_own_memory) ? 0 : 1;
+  }
   if (spec.method == Method::kCompress || spec.method == Method::kApply ||
       spec.method == Method::kFetch) {
     const bool bounded = spec.method == Method::kCompress && !spec.shadow;
@@ -432,7 +497,8 @@ int64_t ReservationBytes(const RequestSpec& spec, bool device_has_own_memory) {
                       spec.method != Method::kFetch;
   const int64_t scores = scored ? 2 * int64_t{4} * shape.num_kv_heads * shape.num_tokens : 0;
   return std::max<int64_t>(
-      1, sequence_bytes + MaxLayersInFlight(spec) * (input + copies * (output + scores)));
+      1, sequence_bytes +
+             MaxLayersInFlight(spec) * (input + output_copies * output + copies * scores));
 }
 
 }  // namespace dynsplit

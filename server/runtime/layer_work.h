@@ -67,9 +67,11 @@ LayerTensors LayerViews(const RequestSpec& spec, int32_t layer, const StagePlan&
 // UNIMPLEMENTED where something is not.
 absl::Status CheckStageFinite(const RequestSpec& spec, const StagePlan& plan, const Stage& stage);
 
-// What leaves of a layer. Consumes the pages; complete when it returns.
-absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerDecision decision,
-                                           LayerPages pages, Backend& backend, Stream& stream);
+// What leaves of a layer: in `room` where it is not null, else in host memory. Consumes decision
+// and pages. The one wait of a layer: what was enqueued before on the timer's stream is complete
+// when it returns, also after a failure.
+absl::StatusOr<ComputedLayer> CollectLayer(const SequenceContext& context, LayerResult& result,
+                                           OutputRoom* room, Backend& backend, StageTimer& timer);
 
 ResultTensor Int32Output(TensorKind kind, std::vector<int64_t> shape, std::vector<int32_t> values);
 

@@ -114,8 +114,11 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
                                 "Wall clock of one Select in the server.")
                         .Add({}, SelectBuckets())),
       select_device_(HistogramOf(registry_, "dynsplit_select_device_seconds",
-                                 "Of one Select: from the first launch to the last result.")
+                                 "Of one Select's batch: from the first launch to the last result.")
                          .Add({}, SelectBuckets())),
+      select_batch_(HistogramOf(registry_, "dynsplit_select_batch_calls",
+                                "Select calls that shared launches, of one batch.")
+                        .Add({}, prometheus::Histogram::BucketBoundaries{1, 2, 4, 8, 16, 32, 64})),
       selected_tokens_(CounterOf(registry_, "dynsplit_selected_tokens_total",
                                  "Tokens x groups x layers that Selects chose.")
                            .Add({})),
@@ -130,8 +133,9 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
                            .Add({})),
       sessions_opened_(
           CounterOf(registry_, "dynsplit_sessions_opened_total", "Sessions opened.").Add({})),
-      sessions_ended_(CounterOf(registry_, "dynsplit_sessions_ended_total",
-                                "Sessions that ended, by how (released, expired).")),
+      sessions_ended_(
+          CounterOf(registry_, "dynsplit_sessions_ended_total",
+                    "Sessions that ended, by how (released, expired, lost with their device).")),
       demotions_(CounterOf(registry_, "dynsplit_session_demotions_total",
                            "Moves of a session's K and V from device to host memory.")
                      .Add({})),
@@ -159,10 +163,11 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
                        "Compression streams open in this process, waiting ones included.")
                    .Add({})),
       memory_bytes_(GaugeOf(registry_, "dynsplit_device_memory_bytes",
-                            "Memory in use by live buffers of the device, by pool.")),
+                            "Memory in use by live buffers, by device and pool.")),
       device_healthy_(GaugeOf(registry_, "dynsplit_device_healthy",
-                              "1 while the device works, 0 after a fault.")
-                          .Add({{"device", std::string(device)}})),
+                              "1 while the device works, 0 after a fault.")),
+      device_reserved_bytes_(GaugeOf(registry_, "dynsplit_device_in_flight_bytes",
+                                     "Memory reserved by admitted requests, by device.")),
       draining_(
           GaugeOf(registry_, "dynsplit_draining", "1 while the process finishes its last requests.")
               .Add({})) {
@@ -176,9 +181,8 @@ Metrics::Metrics(std::string_view version, std::string_view backend, std::string
        {"queue_full", "queue_timeout", "too_large", "draining", "too_many_streams"}) {
     rejected_.Add({{"reason", reason}});
   }
-  for (const char* pool : {"device", "host"}) memory_bytes_.Add({{"pool", pool}});
   for (const char* place : {"device", "host"}) session_bytes_.Add({{"place", place}});
-  for (const char* how : {"released", "expired"}) sessions_ended_.Add({{"how", how}});
+  for (const char* how : {"released", "expired", "lost"}) sessions_ended_.Add({{"how", how}});
 }
 
 void Metrics::Finished(const CallRecord& call) {
@@ -238,11 +242,19 @@ std::string Metrics::Text(const Live& live) {
   capacity_bytes_.Set(static_cast<double>(live.capacity_bytes));
   queue_depth_.Set(static_cast<double>(live.queue_depth));
   streams_.Set(static_cast<double>(live.streams));
-  memory_bytes_.Add({{"pool", "device"}}).Set(static_cast<double>(live.device_bytes));
-  memory_bytes_.Add({{"pool", "host"}}).Set(static_cast<double>(live.host_bytes));
+  for (const LiveDevice& device : live.devices) {
+    memory_bytes_.Add({{"device", device.name}, {"pool", "device"}})
+        .Set(static_cast<double>(device.device_bytes));
+    memory_bytes_.Add({{"device", device.name}, {"pool", "host"}})
+        .Set(static_cast<double>(device.host_bytes));
+    device_healthy_.Add({{"device", device.name}}).Set(device.healthy ? 1 : 0);
+    device_reserved_bytes_.Add({{"device", device.name}})
+        .Set(static_cast<double>(device.reserved_bytes));
+  }
   CatchUp(sessions_opened_, live.sessions_opened);
   CatchUp(sessions_ended_.Add({{"how", "released"}}), live.sessions_released);
   CatchUp(sessions_ended_.Add({{"how", "expired"}}), live.sessions_expired);
+  CatchUp(sessions_ended_.Add({{"how", "lost"}}), live.sessions_lost);
   CatchUp(demotions_, live.demotions);
   CatchUp(restorations_, live.restorations);
   sessions_.Set(static_cast<double>(live.sessions));
@@ -250,7 +262,6 @@ std::string Metrics::Text(const Live& live) {
   session_bytes_.Add({{"place", "host"}}).Set(static_cast<double>(live.session_host_bytes));
   regions_.Set(static_cast<double>(live.regions));
   region_bytes_.Set(static_cast<double>(live.region_bytes));
-  device_healthy_.Set(live.device_healthy ? 1 : 0);
   draining_.Set(live.draining ? 1 : 0);
   return prometheus::TextSerializer().Serialize(registry_.Collect());
 }

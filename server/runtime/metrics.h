@@ -10,6 +10,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "prometheus/counter.h"
 #include "prometheus/family.h"
@@ -51,15 +52,23 @@ struct SelectRecord {
 
 class Metrics {
  public:
-  // Values read when /metrics is scraped.
+  // One device, when /metrics is scraped.
+  struct LiveDevice {
+    std::string name;
+    int64_t reserved_bytes = 0, queue_depth = 0;
+    int64_t device_bytes = 0, host_bytes = 0;
+    bool healthy = true;
+  };
+  // Values read when /metrics is scraped; of all devices together, but for `devices`.
   struct Live {
     int64_t reserved_bytes = 0, capacity_bytes = 0, queue_depth = 0, streams = 0;
     int64_t device_bytes = 0, host_bytes = 0;
     int64_t sessions = 0, session_device_bytes = 0, session_host_bytes = 0;
-    int64_t sessions_opened = 0, sessions_released = 0, sessions_expired = 0;
+    int64_t sessions_opened = 0, sessions_released = 0, sessions_expired = 0, sessions_lost = 0;
     int64_t demotions = 0, restorations = 0;
     int64_t regions = 0, region_bytes = 0;
-    bool device_healthy = true, draining = false;
+    bool draining = false;
+    std::vector<LiveDevice> devices;
   };
 
   Metrics(std::string_view version, std::string_view backend, std::string_view device);
@@ -71,6 +80,8 @@ class Metrics {
   void Cancelled(std::string_view phase);  // "queue", "receive", "send"
   void ChecksumFailed() { checksum_failures_.Increment(); }
   void Selected(const SelectRecord& select);
+  // A batch of so many Select calls.
+  void SelectsLaunched(int64_t calls) { select_batch_.Observe(static_cast<double>(calls)); }
   // Tokens x layers x KV heads.
   void Appended(int64_t tokens) { appended_tokens_.Increment(static_cast<double>(tokens)); }
   void Waited(double seconds) { queue_wait_.Observe(seconds); }
@@ -106,6 +117,7 @@ class Metrics {
   prometheus::Histogram& error_mean_;
   prometheus::Histogram& select_total_;
   prometheus::Histogram& select_device_;
+  prometheus::Histogram& select_batch_;
   prometheus::Counter& selected_tokens_;
   prometheus::Counter& moved_rows_;
   prometheus::Counter& chosen_rows_;
@@ -123,7 +135,8 @@ class Metrics {
   prometheus::Gauge& queue_depth_;
   prometheus::Gauge& streams_;
   GaugeFamily& memory_bytes_;
-  prometheus::Gauge& device_healthy_;
+  GaugeFamily& device_healthy_;
+  GaugeFamily& device_reserved_bytes_;
   prometheus::Gauge& draining_;
 };
 

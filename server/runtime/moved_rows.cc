@@ -12,11 +12,6 @@ namespace {
 constexpr auto kIndexBytes = static_cast<int64_t>(sizeof(int32_t));
 constexpr auto kFloatBytes = static_cast<int64_t>(sizeof(float));
 
-// Where the rows of one layer go in the answer's memory, and the list of their tokens in its own.
-struct Places {
-  int64_t tokens = 0, keys = 0, values = 0, key_scales = 0, value_scales = 0;
-};
-
 int64_t RowBytes(const ResidentSequence& sequence, DType dtype) {
   return sequence.spec().shape.head_dim * DTypeBytes(dtype);
 }
@@ -44,25 +39,109 @@ MovedLayer RegularLayer(int32_t num_heads, int64_t num_rows, const int32_t* move
   return layer;
 }
 
-absl::Status GatherRows(const TensorView& view, const int32_t* tokens, int64_t num_rows,
-                        std::byte* rows, float* scales, Backend& backend, Stream& stream) {
-  const int64_t row_bytes = view.head_dim * DTypeBytes(view.dtype);
-  return backend.GatherPages({.source = view,
-                              .kept = tokens,
-                              .groups = view.num_heads,
-                              .num_kept = num_rows,
-                              .page_size = 1,
-                              .format = EncodingPolicy::Format::kAsIs,
-                              .scale_granularity = ScaleGranularity::kTokenHead,
-                              .out_dtype = view.dtype,
-                              .rotation = {},
-                              .pages = rows,
-                              .scales = IsQuantized(view.dtype) ? scales : nullptr,
-                              .slot_stride_bytes = row_bytes,
-                              .head_stride_bytes = num_rows * row_bytes,
-                              .scale_head_stride = num_rows},
-                             stream);
-}
+// The layers of one step, their places in the answer's memory and in that of the lists.
+class StepRows {
+ public:
+  explicit StepRows(const RowsToRead& wanted)
+      : wanted_(wanted),
+        sequence_(*wanted.step->sequence),
+        key_bytes_(RowBytes(sequence_, sequence_.layout().key_dtype)),
+        value_bytes_(RowBytes(sequence_, sequence_.layout().value_dtype)),
+        key_scales_(IsQuantized(sequence_.layout().key_dtype)),
+        value_scales_(IsQuantized(sequence_.layout().value_dtype)),
+        places_(wanted.layers->size()) {}
+
+  void LayOut(Parts& lists, Parts& rows) {
+    for (size_t i = 0; i < places_.size(); ++i) {
+      const auto count = static_cast<int64_t>(layer(i).slots.size());
+      if (count == 0) continue;
+      places_[i].tokens = lists.Add(count * kIndexBytes);
+      places_[i].keys = rows.Add(count * key_bytes_);
+      places_[i].values = rows.Add(count * value_bytes_);
+      if (key_scales_) places_[i].key_scales = rows.Add(count * kFloatBytes);
+      if (value_scales_) places_[i].value_scales = rows.Add(count * kFloatBytes);
+    }
+  }
+
+  // The token of each slot.
+  void FillLists(std::byte* lists) const {
+    const int64_t num_rows = wanted_.step->budget.num_selected;
+    const int64_t layer_rows = sequence_.spec().shape.num_kv_heads * num_rows;
+    for (size_t i = 0; i < places_.size(); ++i) {
+      const MovedLayer& moved = layer(i);
+      const int32_t* held = wanted_.changes.held + static_cast<int64_t>(i) * layer_rows;
+      auto* tokens = reinterpret_cast<int32_t*>(lists + places_[i].tokens);
+      for (size_t at = 0; at < moved.slots.size(); ++at) {
+        const int64_t head = static_cast<int64_t>(at) / moved.num_rows;
+        tokens[at] = held[head * num_rows + moved.slots[at]];
+      }
+    }
+  }
+
+  void AddItems(const std::byte* lists, std::byte* rows,
+                std::vector<GatherPagesItem>& items) const {
+    for (size_t i = 0; i < places_.size(); ++i) {
+      if (layer(i).slots.empty()) continue;
+      const int32_t number = wanted_.step->first_layer + static_cast<int32_t>(i);
+      const int64_t num_tokens = sequence_.num_tokens();
+      const Places& places = places_[i];
+      items.push_back(ItemOf(i, sequence_.Keys(number, num_tokens), lists, rows, places.keys,
+                             places.key_scales));
+      items.push_back(ItemOf(i, sequence_.Values(number, num_tokens), lists, rows, places.values,
+                             places.value_scales));
+    }
+  }
+
+  void PointInto(const std::byte* rows) const {
+    for (size_t i = 0; i < places_.size(); ++i) {
+      MovedLayer& moved = layer(i);
+      const auto bytes = [&](int64_t at, int64_t each) {
+        return Bytes(rows + at, moved.slots.size() * static_cast<size_t>(each));
+      };
+      if (moved.slots.empty()) continue;
+      moved.keys = bytes(places_[i].keys, key_bytes_);
+      moved.values = bytes(places_[i].values, value_bytes_);
+      if (key_scales_) moved.key_scales = bytes(places_[i].key_scales, kFloatBytes);
+      if (value_scales_) moved.value_scales = bytes(places_[i].value_scales, kFloatBytes);
+    }
+  }
+
+ private:
+  struct Places {
+    int64_t tokens = 0, keys = 0, values = 0, key_scales = 0, value_scales = 0;
+  };
+
+  MovedLayer& layer(size_t i) const { return (*wanted_.layers)[i]; }
+
+  GatherPagesItem ItemOf(size_t i, const TensorView& view, const std::byte* lists, std::byte* rows,
+                         int64_t at, int64_t scales_at) const {
+    const int64_t num_rows = layer(i).num_rows;
+    const int64_t row_bytes = view.head_dim * DTypeBytes(view.dtype);
+    return {
+        .source = view,
+        .kept = reinterpret_cast<const int32_t*>(lists + places_[i].tokens),
+        .groups = view.num_heads,
+        .num_kept = num_rows,
+        .page_size = 1,
+        .format = EncodingPolicy::Format::kAsIs,
+        .scale_granularity = ScaleGranularity::kTokenHead,
+        .out_dtype = view.dtype,
+        .rotation = {},
+        .pages = rows + at,
+        .scales = IsQuantized(view.dtype) ? reinterpret_cast<float*>(rows + scales_at) : nullptr,
+        .slot_stride_bytes = row_bytes,
+        .head_stride_bytes = num_rows * row_bytes,
+        .scale_head_stride = num_rows};
+  }
+
+  const RowsToRead wanted_;
+  const ResidentSequence& sequence_;
+  const int64_t key_bytes_;
+  const int64_t value_bytes_;
+  const bool key_scales_;
+  const bool value_scales_;
+  std::vector<Places> places_;
+};
 
 }  // namespace
 
@@ -79,55 +158,24 @@ std::vector<MovedLayer> RegularLayers(const SelectionStep& step, const SlotChang
   return layers;
 }
 
-absl::StatusOr<Buffer> ReadRows(const SelectionStep& step, const SlotChanges& changes,
-                                std::vector<MovedLayer>& layers, Backend& backend, Stream& stream) {
-  const ResidentSequence& sequence = *step.sequence;
-  const ResidentLayout& layout = sequence.layout();
-  const int64_t num_rows = step.budget.num_selected;
-  const int64_t layer_rows = sequence.spec().shape.num_kv_heads * num_rows;
-  const int64_t key_bytes = RowBytes(sequence, layout.key_dtype);
-  const int64_t value_bytes = RowBytes(sequence, layout.value_dtype);
-  const bool key_scales = IsQuantized(layout.key_dtype);
-  const bool value_scales = IsQuantized(layout.value_dtype);
+absl::StatusOr<Buffer> ReadRows(std::span<const RowsToRead> wanted, Backend& backend,
+                                Stream& stream) {
   Parts lists;
   Parts rows;
-  std::vector<Places> places(layers.size());
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const auto count = static_cast<int64_t>(layers[i].slots.size());
-    places[i].tokens = lists.Add(count * kIndexBytes);
-    places[i].keys = rows.Add(count * key_bytes);
-    places[i].values = rows.Add(count * value_bytes);
-    if (key_scales) places[i].key_scales = rows.Add(count * kFloatBytes);
-    if (value_scales) places[i].value_scales = rows.Add(count * kFloatBytes);
-  }
+  std::vector<StepRows> steps(wanted.begin(), wanted.end());
+  for (StepRows& step : steps) step.LayOut(lists, rows);
   if (rows.size_bytes() == 0) return Buffer();
-  absl::StatusOr<Buffer> tokens_host = backend.AllocateHost(lists.size_bytes());
-  if (!tokens_host.ok()) return tokens_host.status();
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const int32_t* held = changes.held + static_cast<int64_t>(i) * layer_rows;
-    auto* tokens = reinterpret_cast<int32_t*>(tokens_host->data() + places[i].tokens);
-    for (size_t at = 0; at < layers[i].slots.size(); ++at) {
-      const int64_t head = static_cast<int64_t>(at) / layers[i].num_rows;
-      tokens[at] = held[head * num_rows + layers[i].slots[at]];
-    }
-  }
-  absl::StatusOr<Buffer> tokens_device = backend.ToDevice(*tokens_host, stream);
-  if (!tokens_device.ok()) return tokens_device.status();
+  absl::StatusOr<Buffer> lists_host = backend.AllocateHost(lists.size_bytes());
+  if (!lists_host.ok()) return lists_host.status();
+  for (const StepRows& step : steps) step.FillLists(lists_host->data());
+  absl::StatusOr<Buffer> lists_device = backend.ToDevice(*lists_host, stream);
+  if (!lists_device.ok()) return lists_device.status();
   absl::StatusOr<Buffer> device = backend.Allocate(rows.size_bytes(), stream);
   absl::Status status = device.status();
-  for (size_t i = 0; i < layers.size() && status.ok(); ++i) {
-    const int64_t count = layers[i].num_rows;
-    if (count == 0) continue;
-    const auto layer = step.first_layer + static_cast<int32_t>(i);
-    const auto* tokens = reinterpret_cast<const int32_t*>(tokens_device->data() + places[i].tokens);
-    const auto scales = [&](int64_t at) { return reinterpret_cast<float*>(device->data() + at); };
-    status =
-        GatherRows(sequence.Keys(layer, sequence.num_tokens()), tokens, count,
-                   device->data() + places[i].keys, scales(places[i].key_scales), backend, stream);
-    if (!status.ok()) break;
-    status = GatherRows(sequence.Values(layer, sequence.num_tokens()), tokens, count,
-                        device->data() + places[i].values, scales(places[i].value_scales), backend,
-                        stream);
+  if (status.ok()) {
+    std::vector<GatherPagesItem> items;
+    for (const StepRows& step : steps) step.AddItems(lists_device->data(), device->data(), items);
+    status = backend.GatherPages({.items = items}, stream);
   }
   absl::StatusOr<Buffer> host = Buffer();
   if (status.ok()) {
@@ -136,15 +184,7 @@ absl::StatusOr<Buffer> ReadRows(const SelectionStep& step, const SlotChanges& ch
   }
   status.Update(stream.Synchronize());
   if (!status.ok()) return status;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    const auto bytes = [&](int64_t at, int64_t each) {
-      return Bytes(host->data() + at, layers[i].slots.size() * static_cast<size_t>(each));
-    };
-    layers[i].keys = bytes(places[i].keys, key_bytes);
-    layers[i].values = bytes(places[i].values, value_bytes);
-    if (key_scales) layers[i].key_scales = bytes(places[i].key_scales, kFloatBytes);
-    if (value_scales) layers[i].value_scales = bytes(places[i].value_scales, kFloatBytes);
-  }
+  for (const StepRows& step : steps) step.PointInto(host->data());
   return host;
 }
 

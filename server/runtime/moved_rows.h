@@ -5,11 +5,12 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "server/pipeline/resident.h"
-#include "server/runtime/select_work.h"
+#include "server/runtime/select_spec.h"
 
 namespace dynsplit {
 
@@ -24,8 +25,14 @@ struct SlotChanges {
 // one with most. Dense layers have none. Rows are not read yet.
 std::vector<MovedLayer> RegularLayers(const SelectionStep& step, const SlotChanges& changes);
 
+// Of one step: where its rows are to be read.
+struct RowsToRead {
+  const SelectionStep* step = nullptr;
+  SlotChanges changes;
+  std::vector<MovedLayer>* layers = nullptr;  // of RegularLayers
+};
 // Reads those slots' rows; the layers point into the result. Complete when it returns.
-absl::StatusOr<Buffer> ReadRows(const SelectionStep& step, const SlotChanges& changes,
-                                std::vector<MovedLayer>& layers, Backend& backend, Stream& stream);
+absl::StatusOr<Buffer> ReadRows(std::span<const RowsToRead> wanted, Backend& backend,
+                                Stream& stream);
 
 }  // namespace dynsplit

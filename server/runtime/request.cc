@@ -6,6 +6,8 @@
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "server/runtime/output_need.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit {
 namespace {
@@ -68,10 +70,16 @@ Request::Request(RequestSpec spec, Executor& executor, Reservation reservation,
       together_(StoresTogether(spec_)),
       sequence_plan_(PlanStage(spec_.tensors,
                                together_ ? StagePlan::kEverything : RequestTensor::kWholeSequence)),
-      inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers),
+      inbox_(spec_.tensors, spec_.sequence.shape.num_layers, spec_.max_open_layers,
+             spec_.num_shards),
       layers_(static_cast<size_t>(spec_.sequence.shape.num_layers)) {
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
     layers_[static_cast<size_t>(layer)].plan = PlanStage(spec_.tensors, layer);
+  }
+  if (WritesInPlace(spec_, executor_.backend().info().name != "cpu")) {
+    page_memory_ = [room = spec_.output.get()](int64_t size_bytes) {
+      return room->Take(size_bytes);
+    };
   }
   for (const RequestTensor& tensor : spec_.tensors) {
     switch (tensor.kind) {
@@ -105,6 +113,10 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
   if (stopped()) return absl::CancelledError("the request has ended");
   absl::StatusOr<size_t> index = inbox_.Check(chunk);
   if (!index.ok()) return index.status();
+  if (inbox_.Early(*index)) {
+    waiting_for_layer_ = true;
+    return ChunkPlace{};
+  }
   first_chunk_ = std::min(first_chunk_, absl::Now());
   const int32_t layer = spec_.tensors[*index].layer;
   const StagePlan* plan = &sequence_plan_;
@@ -121,8 +133,10 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
       absl::StatusOr<Buffer> host = executor_.backend().AllocateHost(plan->byte_size);
       if (!host.ok()) return host.status();
       stage->host = std::make_shared<Buffer>(*std::move(host));
+      state.receiving_since = Stream::Clock::now();
     }
   }
+  inbox_.Claim(*index, chunk);
   const auto slot = static_cast<size_t>(
       std::find(plan->tensors.begin(), plan->tensors.end(), *index) - plan->tensors.begin());
   return ChunkPlace{.data = stage->host->data() + plan->offset_bytes[slot] + chunk.offset,
@@ -131,19 +145,37 @@ absl::StatusOr<Request::ChunkPlace> Request::Place(const Chunk& chunk) {
 }
 
 void Request::Commit(const ChunkPlace& place, const Chunk& chunk) {
-  absl::MutexLock lock(&mu_);
-  if (stopped()) return;
-  inbox_.Add(place.tensor_index, chunk);
-  if (inbox_.all_complete()) {
-    end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
-  }
-  if (chunk.last) Launch();
-}
-
-absl::Status Request::End(int64_t num_tensors) {
+  bool layer_passed = false;
   {
     absl::MutexLock lock(&mu_);
-    if (absl::Status status = inbox_.CheckEnd(num_tensors); !status.ok()) return status;
+    if (stopped()) return;
+    inbox_.Add(place.tensor_index, chunk);
+    if (inbox_.all_complete()) {
+      end_.seconds.receive = absl::ToDoubleSeconds(absl::Now() - first_chunk_);
+    }
+    if (!chunk.last) return;
+    TraceReceipt(spec_.tensors[place.tensor_index].layer);
+    Launch();
+    layer_passed = std::exchange(waiting_for_layer_, false);
+  }
+  if (layer_passed) sink_->OnRoom();
+}
+
+void Request::TraceReceipt(int32_t layer) {
+  if (!Tracing() || layer == RequestTensor::kWholeSequence || together() ||
+      !inbox_.layer_complete(layer)) {
+    return;
+  }
+  const TraceSpan span = {"receive", layers_[static_cast<size_t>(layer)].receiving_since,
+                          Stream::Clock::now()};
+  Trace(spec_.request_id, layer, {&span, 1});
+}
+
+absl::Status Request::End(int32_t shard, int64_t num_tensors) {
+  {
+    absl::MutexLock lock(&mu_);
+    if (absl::Status status = inbox_.End(shard, num_tensors); !status.ok()) return status;
+    if (!inbox_.all_ended()) return absl::OkStatus();
     ended_ = true;
     Launch();
   }
@@ -170,7 +202,20 @@ void Request::Uncount() {
   if (room && !stopped()) sink_->OnRoom();
 }
 
-void Request::LayerSent() { Uncount(); }
+void Request::LayerSent() {
+  if (Tracing()) {
+    absl::MutexLock lock(&mu_);
+    if (!sending_.empty()) {
+      // Layers leave one after the other: one that waits for another is not being sent.
+      const TraceSpan span = {"send", std::max(sending_.front().since, last_sent_),
+                              Stream::Clock::now()};
+      Trace(spec_.request_id, sending_.front().layer, {&span, 1});
+      sending_.pop_front();
+      last_sent_ = span.end;
+    }
+  }
+  Uncount();
+}
 
 void Request::Cancel() { Stop(); }
 
@@ -293,6 +338,9 @@ void Request::Deliver() {
       outputs_.erase(next);
       ++next_output_;
       Record(output);
+      if (Tracing() && !output.skipped) {
+        sending_.push_back({output.plan->layer, Stream::Clock::now()});
+      }
       mu_.Unlock();
       if (output.skipped) {
         output = {};
@@ -326,7 +374,7 @@ void Request::Deliver() {
 }
 
 void Request::Record(const ComputedLayer& output) {
-  if (plan_hasher_.has_value()) plan_hasher_->Add(*output.plan);
+  if (plan_hasher_.has_value()) plan_hasher_->Add(output.hash);
   LayerPlan plan = {.layer = output.plan->layer,
                     .groups = output.plan->groups,
                     .num_kept = output.plan->num_kept,
@@ -339,12 +387,6 @@ void Request::Record(const ComputedLayer& output) {
   if (output.receipt.has_value()) end_.receipts.push_back(*output.receipt);
   end_.bytes_out += PayloadBytes(output);
   end_.shadow_bytes_out += output.shadow_bytes;
-  RequestSeconds& seconds = end_.seconds;
-  seconds.device_to_host += output.device_to_host_seconds;
-  seconds.layers.score += output.seconds.score;
-  seconds.layers.select += output.seconds.select;
-  seconds.layers.gather += output.seconds.gather;
-  seconds.layers.receipt += output.seconds.receipt;
 }
 
 }  // namespace dynsplit

@@ -14,8 +14,8 @@
 // committed by one job after the last; where all of it is small, one job does the three. Nothing
 // stays of a request that does not come to its end.
 //
-// Threads. Place, Commit and End are called by one reader at a time; LayerSent and Cancel by
-// anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
+// Threads. Place, Commit and End are called by one reader a shard at a time; LayerSent and Cancel
+// by anyone. Jobs run on the executor and keep the request alive. The sink is called without locks
 // held; results one call at a time, OnError and OnRoom at any time.
 #pragma once
 
@@ -70,7 +70,7 @@ class Request : public std::enable_shared_from_this<Request> {
   ~Request();
 
   // Where the bytes of a chunk go. `owner` keeps the place valid even if the request is cancelled
-  // meanwhile. No room: data is null, OnRoom will be called.
+  // meanwhile. No room, or early: data is null, OnRoom will be called.
   struct ChunkPlace {
     std::byte* data = nullptr;
     std::shared_ptr<Buffer> owner;
@@ -79,8 +79,8 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::StatusOr<ChunkPlace> Place(const Chunk& chunk);
   // The chunk's bytes are in their place.
   void Commit(const ChunkPlace& place, const Chunk& chunk);
-  // The client has sent everything it announced.
-  absl::Status End(int64_t num_tensors);
+  // The client has sent what it had for the shard.
+  absl::Status End(int32_t shard, int64_t num_tensors);
 
   // The results of one layer have left; their memory is free.
   void LayerSent();
@@ -97,6 +97,16 @@ class Request : public std::enable_shared_from_this<Request> {
     Stage stage;           // allocated when its first chunk arrives
     LayerTensors tensors;  // kGlobal: views of the stage, kept between scoring and applying
     bool counted = false;  // occupies one of the places in flight
+    Stream::Clock::time_point receiving_since;
+  };
+  // One layer's way through the device: its clock, and the verdict on its values.
+  struct LayerPass {
+    LayerPass(int32_t of, Stream& on) : layer(of), timer(on) {}
+    Stream& stream() const { return timer.stream(); }
+
+    const int32_t layer;  // -1: of all layers together
+    StageTimer timer;
+    FiniteCheck finite;
   };
   using Work = absl::AnyInvocable<absl::Status(Request&, Backend&, Stream&) &&>;
 
@@ -108,11 +118,15 @@ class Request : public std::enable_shared_from_this<Request> {
   bool global() const;
   bool stores() const { return stored_ != nullptr; }
   bool returns_layers() const;  // else only the sequence and the end come back
+  // Of results that operations write to their place; null = the backend's.
+  const PageMemory* page_memory() const { return page_memory_ ? &page_memory_ : nullptr; }
   // Everything is staged, checked and stored at once.
   bool together() const { return together_; }
   // Takes a place in flight for the layer if one is free.
   bool TryCount(LayerState& layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   // Starts what can start: preparation, layers, the global decision.
+  // Writes the span of a layer that is complete now.
+  void TraceReceipt(int32_t layer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Launch() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void LaunchLayers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void Submit(Work work) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
@@ -127,8 +141,8 @@ class Request : public std::enable_shared_from_this<Request> {
   // Jobs; run on the executor. Layer jobs own their stage.
   absl::Status Prepare(Backend& backend, Stream& stream);
   absl::Status PrepareCalibration();
-  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, Backend& backend,
-                                          Stream& stream);
+  absl::StatusOr<LayerTensors> StageLayer(int32_t layer, Stage& stage, LayerPass& pass,
+                                          Backend& backend);
   void AddRestingSalt(EndOutput& end) const;
   absl::Status PrepareContexts(Backend& backend, Stream& stream);
   absl::Status StageSequence(Backend& backend, Stream& stream);
@@ -136,28 +150,44 @@ class Request : public std::enable_shared_from_this<Request> {
   // Sessions.
   absl::Status PrepareStore(Backend& backend, Stream& stream);
   absl::Status BeginStore(ResidentSequence& sequence, Stream& stream);
-  absl::Status StoreLayer(const LayerTensors& tensors, Stream& stream);
+  absl::Status StoreLayer(const LayerTensors& tensors, LayerPass& pass);
   absl::Status CommitStore(Stream& stream);
   absl::Status StoreTogether(Backend& backend, Stream& stream);
   absl::Status CheckTogetherFinite(Backend& backend, Stream& stream);
   void EndStore();
   // No longer appends: the session is as before.
   void AbandonStore();
-  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, Backend& backend,
-                                         Stream& stream);
+  absl::StatusOr<ComputedLayer> FetchOne(int32_t layer, const Stage& stage, LayerPass& pass,
+                                         Backend& backend);
   absl::StatusOr<LayerDecision> FetchDecision(int32_t layer, const Stage& stage, Backend& backend,
                                               Stream& stream);
 
   absl::Status RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream);
-  absl::Status ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream);
-  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, Backend& backend,
-                                            Stream& stream);
+  // What follows enqueues, and waits at its end; where it succeeds, `pass` is over.
+  absl::Status ComputeLayer(int32_t layer, Stage& stage, LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CompressOne(const LayerTensors& tensors, LayerPass& pass,
+                                            Backend& backend);
   absl::StatusOr<ComputedLayer> ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                         Backend& backend, Stream& stream);
+                                         LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> FinishLayer(LayerDecision decision, const LayerTensors& tensors,
-                                            Backend& backend, Stream& stream);
+                                            LayerPass& pass, Backend& backend);
   absl::StatusOr<ComputedLayer> Collect(LayerResult result, const LayerTensors& tensors,
-                                        Backend& backend, Stream& stream);
+                                        LayerPass& pass, Backend& backend);
+  absl::StatusOr<ComputedLayer> CollectOriginals(const LayerTensors& tensors, LayerPass& pass,
+                                                 Backend& backend);
+  absl::Status ScoreGlobal(const LayerTensors& tensors, LayerPass& pass, Backend& backend);
+  // What follows the decision, as far as it is enqueued.
+  absl::Status EnqueueRest(LayerResult& result, const LayerTensors& tensors, LayerPass& pass,
+                           Backend& backend);
+  // Waits for the device after a failure. The failure's reason: values that are not finite, or
+  // `status` itself.
+  absl::Status ReasonOf(absl::Status status, LayerPass& pass);
+  // Waits for the device; refuses values that are not finite.
+  absl::Status FinishPass(LayerPass& pass);
+  // Adds up, and traces, what the stages took. Requires: the device is done with the pass.
+  void Account(LayerPass& pass) ABSL_LOCKS_EXCLUDED(mu_);
+  // Hands the layer's result on, unless it failed or nobody wants it any more.
+  absl::Status Keep(int32_t layer, absl::StatusOr<ComputedLayer> output) ABSL_LOCKS_EXCLUDED(mu_);
   absl::StatusOr<LayerPlan> ReceivedPlan(int32_t layer, const Stage& stage) const;
   bool KeepsAll(int32_t layer) const;
   absl::Status DecideGlobal(Backend& backend, Stream& stream);
@@ -174,6 +204,7 @@ class Request : public std::enable_shared_from_this<Request> {
   Session* const stored_;              // to be kept or appended to; null = nothing is
   const std::vector<int32_t> wanted_;  // layers to be worked on, ascending
   const bool together_;
+  PageMemory page_memory_;
   StagePlan sequence_plan_;
   Stage sequence_stage_;
 
@@ -199,6 +230,7 @@ class Request : public std::enable_shared_from_this<Request> {
   std::vector<LayerState> layers_ ABSL_GUARDED_BY(mu_);
   int32_t num_counted_ ABSL_GUARDED_BY(mu_) = 0;
   bool waiting_for_room_ ABSL_GUARDED_BY(mu_) = false;
+  bool waiting_for_layer_ ABSL_GUARDED_BY(mu_) = false;  // another to be the lowest incomplete
   enum class Phase : uint8_t {
     kReceiving,
     kPreparing,
@@ -219,6 +251,13 @@ class Request : public std::enable_shared_from_this<Request> {
   absl::Time first_chunk_ ABSL_GUARDED_BY(mu_) = absl::InfiniteFuture();
   std::map<int32_t, ComputedLayer> outputs_ ABSL_GUARDED_BY(mu_);  // finished, not yet delivered
   size_t next_output_ ABSL_GUARDED_BY(mu_) = 0;                    // of wanted_
+  // While tracing: layers that the sink has, and since when; when the one before had left.
+  struct Sending {
+    int32_t layer;
+    Stream::Clock::time_point since;
+  };
+  std::deque<Sending> sending_ ABSL_GUARDED_BY(mu_);
+  Stream::Clock::time_point last_sent_ ABSL_GUARDED_BY(mu_);
   EndOutput end_ ABSL_GUARDED_BY(mu_);
 };
 

@@ -15,6 +15,7 @@
 #include "server/pipeline/plan.h"
 #include "server/pipeline/segmentation.h"
 #include "server/pipeline/types.h"
+#include "server/runtime/output_room.h"
 #include "server/runtime/regions.h"
 #include "server/runtime/sessions.h"
 
@@ -91,6 +92,7 @@ struct RequestSpec {
   std::vector<RequestTensor> tensors;
   int32_t max_open_layers = 2;
   int32_t max_chunk_bytes = 2 << 20;  // in the response
+  int32_t num_shards = 1;             // streams that it comes as
   bool shadow = false;
   std::shared_ptr<const DelimiterProfile> profile;
   // kApply: what to execute; layers without their kept tokens, which arrive as tensors.
@@ -98,7 +100,9 @@ struct RequestSpec {
   std::vector<std::string> layer_hashes;  // of plan, hex
   std::string plan_hash;                  // hex
   CalibrationOptions calibration;
+  std::shared_ptr<OutputRoom> output;  // kCompress, kApply, kFetch: of layers; null = the stream
 
+  Backend* backend = nullptr;  // where it runs: its session's, its memory's, or any
   std::optional<SessionOpening> opening;
   SessionStore* store = nullptr;            // of what follows
   std::shared_ptr<Session> opened;          // as `opening` says; reserved, not yet published
@@ -126,7 +130,7 @@ struct SessionSnapshot {
   int64_t num_restorations = 0;
 };
 
-// One tensor of a response, in host memory. `owner` keeps the bytes alive.
+// One tensor of a response: in host memory, which `owner` keeps alive, or in a region.
 struct ResultTensor {
   TensorKind kind = TensorKind::kKeptTokens;
   DType dtype = DType::kInt32;
@@ -134,7 +138,8 @@ struct ResultTensor {
   std::optional<ScaleGranularity> scale_granularity;
   const std::byte* data = nullptr;
   int64_t byte_size = 0;
-  std::shared_ptr<const void> owner;
+  std::shared_ptr<const void> owner = nullptr;
+  std::optional<RegionName> region = std::nullopt;  // then `data` and `owner` are null
 };
 
 struct SequenceOutput {
@@ -149,17 +154,15 @@ struct ComputedLayer {
   std::optional<LayerReceipt> receipt;
   int64_t num_pages = 0;
   std::vector<ResultTensor> tensors;
-  bool skipped = false;  // kFetch: before the point where a broken stream goes on
-  // What the layer took, and what it would have weighed (shadow).
-  LayerSeconds seconds;
-  double device_to_host_seconds = 0;
-  int64_t shadow_bytes = 0;
+  bool skipped = false;      // kFetch: before the point where a broken stream goes on
+  int64_t shadow_bytes = 0;  // what it would have weighed
 };
 
-// Wall clock, summed over layers. Sending is not known here.
+// Summed over layers: receiving and splitting by the host's clock, the stages of layers by the
+// marks on their streams. Sending is not known here.
 struct RequestSeconds {
-  double receive = 0, host_to_device = 0, split = 0, device_to_host = 0;
-  LayerSeconds layers;
+  double receive = 0, split = 0;
+  double host_to_device = 0, score = 0, select = 0, gather = 0, receipt = 0, device_to_host = 0;
 };
 
 struct EndOutput {

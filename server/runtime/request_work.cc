@@ -2,13 +2,16 @@
 //
 // The jobs of a request: what runs on the executor's threads.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "server/pipeline/errors.h"
+#include "server/runtime/output_need.h"
 #include "server/runtime/request.h"
+#include "server/runtime/trace.h"
 
 namespace dynsplit {
 namespace {
@@ -17,24 +20,21 @@ double SecondsSince(absl::Time start) { return absl::ToDoubleSeconds(absl::Now()
 
 std::string HexOrNone(std::string_view hex) { return hex.empty() ? "none" : std::string(hex); }
 
-// The sequence as it came: everything kept, as is. Its index is not wanted.
-SequenceSpec OriginalsSpec(SequenceSpec spec) {
-  spec.policy.transform = Transform::kEvict;
-  spec.policy.encoding = EncodingPolicy{};
-  spec.policy.positions = Positions::kOriginal;
-  return spec;
-}
-
 }  // namespace
 
 absl::Status Request::Prepare(Backend& backend, Stream& stream) {
   const absl::Time start = absl::Now();
+  const auto traced_from = Stream::Clock::now();
   absl::Status status = StageSequence(backend, stream);
   if (status.ok() && stores()) status = PrepareStore(backend, stream);
   if (status.ok() && returns_layers()) status = PrepareContexts(backend, stream);
   if (status.ok() && spec_.method == Method::kCalibrate) status = PrepareCalibration();
   status.Update(stream.Synchronize());
   if (!status.ok()) return status;
+  if (Tracing()) {
+    const TraceSpan span = {"prepare", traced_from, Stream::Clock::now()};
+    Trace(spec_.request_id, /*layer=*/-1, {&span, 1});
+  }
 
   absl::MutexLock lock(&mu_);
   if (spec_.method == Method::kCompress || spec_.method == Method::kPlan) {
@@ -111,9 +111,10 @@ absl::Status Request::PrepareContexts(Backend& backend, Stream& stream) {
 }
 
 absl::Status Request::RunLayer(int32_t layer, Stage stage, Backend& backend, Stream& stream) {
-  absl::Status status = ComputeLayer(layer, stage, backend, stream);
+  LayerPass pass(layer, stream);
+  absl::Status status = ComputeLayer(layer, stage, pass, backend);
   // The stage goes when this returns: the device must be done with it, also after an error.
-  status.Update(stream.Synchronize());
+  if (!status.ok()) status = ReasonOf(std::move(status), pass);
   if (status.ok() && !returns_layers() && stores()) {
     stage = {};
     Uncount();
@@ -134,83 +135,142 @@ absl::Status Request::RunLayer(int32_t layer, Stage stage, Backend& backend, Str
   return absl::OkStatus();
 }
 
-absl::StatusOr<LayerTensors> Request::StageLayer(int32_t layer, Stage& stage, Backend& backend,
-                                                 Stream& stream) {
-  const absl::Time start = absl::Now();
+absl::Status Request::ReasonOf(absl::Status status, LayerPass& pass) {
+  const absl::Status done = pass.stream().Synchronize();
+  // What came of values that are not finite is no error of its own.
+  if (done.ok()) {
+    if (absl::Status verdict = pass.finite.Verdict(); !verdict.ok()) return verdict;
+  }
+  status.Update(done);
+  return status;
+}
+
+void Request::Account(LayerPass& pass) {
+  const std::vector<StageSpan> spans = pass.timer.Take();
+  if (Tracing()) {
+    std::vector<TraceSpan> traced;
+    traced.reserve(spans.size());
+    for (const StageSpan& span : spans) {
+      traced.push_back({StageName(span.stage), span.begin, span.end});
+    }
+    Trace(spec_.request_id, pass.layer, traced);
+  }
+  absl::MutexLock lock(&mu_);
+  RequestSeconds& sums = end_.seconds;
+  for (const StageSpan& span : spans) {
+    const double seconds = std::chrono::duration<double>(span.end - span.begin).count();
+    switch (span.stage) {
+      case LayerStage::kHostToDevice:
+        sums.host_to_device += seconds;
+        break;
+      case LayerStage::kCheck:
+        break;  // has no field
+      case LayerStage::kScore:
+        sums.score += seconds;
+        break;
+      case LayerStage::kSelect:
+        sums.select += seconds;
+        break;
+      case LayerStage::kGather:
+        sums.gather += seconds;
+        break;
+      case LayerStage::kReceipt:
+        sums.receipt += seconds;
+        break;
+      case LayerStage::kDeviceToHost:
+        sums.device_to_host += seconds;
+        break;
+    }
+  }
+}
+
+absl::Status Request::FinishPass(LayerPass& pass) {
+  absl::Status status = pass.stream().Synchronize();
+  if (status.ok()) status = pass.finite.Verdict();
+  if (status.ok()) Account(pass);
+  return status;
+}
+
+absl::StatusOr<LayerTensors> Request::StageLayer(int32_t layer, Stage& stage, LayerPass& pass,
+                                                 Backend& backend) {
+  Stream& stream = pass.stream();
   const StagePlan plan = PlanStage(spec_.tensors, layer);
   absl::Status status = FillStage(spec_, plan, stage, backend, stream);
-  if (status.ok()) status = CheckStageValues(spec_, plan, stage);
   if (status.ok()) status = StageToDevice(spec_, plan, stage, backend, stream);
-  if (status.ok()) status = stream.Synchronize();
   if (!status.ok()) return status;
+  pass.timer.End(LayerStage::kHostToDevice);
+  // While the copies run, and before anything reads them.
+  status = CheckStageValues(spec_, plan, stage);
+  if (!status.ok()) return status;
+  pass.timer.Skip();
   LayerTensors tensors = LayerViews(spec_, layer, plan, stage, block_table_);
-  {
-    absl::MutexLock lock(&mu_);
-    end_.seconds.host_to_device += SecondsSince(start);
-  }
-  status = CheckLayerFinite(tensors, backend, stream);
-  if (!status.ok()) return status;
+  tensors.page_memory = page_memory();
+  absl::StatusOr<FiniteCheck> finite = EnqueueFiniteCheck({&tensors, 1}, backend, stream);
+  if (!finite.ok()) return finite.status();
+  pass.finite = *std::move(finite);
+  pass.timer.End(LayerStage::kCheck);
   return tensors;
 }
 
-absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, Backend& backend, Stream& stream) {
-  if (spec_.method == Method::kFetch) {
-    absl::StatusOr<ComputedLayer> output = FetchOne(layer, stage, backend, stream);
-    if (!output.ok()) return output.status();
-    absl::MutexLock lock(&mu_);
-    if (!stopped()) outputs_.emplace(layer, *std::move(output));
-    return absl::OkStatus();
-  }
-  absl::StatusOr<LayerTensors> tensors = StageLayer(layer, stage, backend, stream);
+absl::Status Request::ComputeLayer(int32_t layer, Stage& stage, LayerPass& pass, Backend& backend) {
+  if (spec_.method == Method::kFetch) return Keep(layer, FetchOne(layer, stage, pass, backend));
+  absl::StatusOr<LayerTensors> tensors = StageLayer(layer, stage, pass, backend);
   if (!tensors.ok()) return tensors.status();
   if (stores()) {
-    absl::Status status = StoreLayer(*tensors, stream);
+    absl::Status status = StoreLayer(*tensors, pass);
     if (!status.ok() || !returns_layers()) return status;
+    pass.timer.Skip();
   }
   if (spec_.method == Method::kCalibrate) {
-    return calibrator_->AddLayer(tensors->keys, tensors->queries,
-                                 1 / std::sqrt(static_cast<float>(spec_.sequence.shape.head_dim)),
-                                 backend, stream);
+    absl::Status status = calibrator_->AddLayer(
+        tensors->keys, tensors->queries,
+        1 / std::sqrt(static_cast<float>(spec_.sequence.shape.head_dim)), backend, pass.stream());
+    if (!status.ok()) return status;
+    return FinishPass(pass);
   }
-  if (global()) {
-    {
-      absl::MutexLock lock(&mu_);
-      layers_[static_cast<size_t>(layer)].tensors = *tensors;
-    }
-    if (KeepsAll(layer)) return absl::OkStatus();
-    const absl::Time score_start = absl::Now();
-    absl::StatusOr<LayerScores> scores = ScoreLayer(*context_, *tensors, backend, stream);
-    if (!scores.ok()) return scores.status();
-    absl::Status status =
-        AccumulateScores(*context_, *std::move(scores), global_scores_, backend, stream);
-    absl::MutexLock lock(&mu_);
-    end_.seconds.layers.score += SecondsSince(score_start);
-    return status;
-  }
-  absl::StatusOr<ComputedLayer> output = spec_.method == Method::kApply
-                                             ? ApplyOne(stage, *tensors, backend, stream)
-                                             : CompressOne(*tensors, backend, stream);
+  if (global()) return ScoreGlobal(*tensors, pass, backend);
+  return Keep(layer, spec_.method == Method::kApply ? ApplyOne(stage, *tensors, pass, backend)
+                                                    : CompressOne(*tensors, pass, backend));
+}
+
+absl::Status Request::Keep(int32_t layer, absl::StatusOr<ComputedLayer> output) {
   if (!output.ok()) return output.status();
   absl::MutexLock lock(&mu_);
   if (!stopped()) outputs_.emplace(layer, *std::move(output));
   return absl::OkStatus();
 }
 
-absl::StatusOr<ComputedLayer> Request::CompressOne(const LayerTensors& tensors, Backend& backend,
-                                                   Stream& stream) {
-  absl::StatusOr<LayerResult> result = CompressLayer(
-      *context_, tensors, /*with_pages=*/spec_.method == Method::kCompress, backend, stream);
+absl::Status Request::ScoreGlobal(const LayerTensors& tensors, LayerPass& pass, Backend& backend) {
+  {
+    absl::MutexLock lock(&mu_);
+    layers_[static_cast<size_t>(tensors.layer)].tensors = tensors;
+  }
+  if (!KeepsAll(tensors.layer)) {
+    absl::StatusOr<LayerScores> scores = ScoreLayer(*context_, tensors, backend, pass.stream());
+    if (!scores.ok()) return scores.status();
+    absl::Status status =
+        AccumulateScores(*context_, *std::move(scores), global_scores_, backend, pass.stream());
+    if (!status.ok()) return status;
+    pass.timer.End(LayerStage::kScore);
+  }
+  return FinishPass(pass);
+}
+
+absl::StatusOr<ComputedLayer> Request::CompressOne(const LayerTensors& tensors, LayerPass& pass,
+                                                   Backend& backend) {
+  absl::StatusOr<LayerResult> result = EnqueueLayer(
+      *context_, tensors, /*with_pages=*/spec_.method == Method::kCompress, backend, pass.timer);
   if (!result.ok()) return result.status();
-  return Collect(*std::move(result), tensors, backend, stream);
+  return Collect(*std::move(result), tensors, pass, backend);
 }
 
 absl::StatusOr<ComputedLayer> Request::ApplyOne(const Stage& stage, const LayerTensors& tensors,
-                                                Backend& backend, Stream& stream) {
+                                                LayerPass& pass, Backend& backend) {
   absl::StatusOr<LayerPlan> plan = ReceivedPlan(tensors.layer, stage);
   if (!plan.ok()) return plan.status();
-  absl::StatusOr<LayerDecision> decision = FromPlan(*std::move(plan), backend, stream);
+  absl::StatusOr<LayerDecision> decision = FromPlan(*std::move(plan), backend, pass.stream());
   if (!decision.ok()) return decision.status();
-  return FinishLayer(*std::move(decision), tensors, backend, stream);
+  return FinishLayer(*std::move(decision), tensors, pass, backend);
 }
 
 absl::StatusOr<LayerPlan> Request::ReceivedPlan(int32_t layer, const Stage& stage) const {
@@ -237,59 +297,73 @@ absl::StatusOr<LayerPlan> Request::ReceivedPlan(int32_t layer, const Stage& stag
 }
 
 absl::StatusOr<ComputedLayer> Request::FinishLayer(LayerDecision decision,
-                                                   const LayerTensors& tensors, Backend& backend,
-                                                   Stream& stream) {
+                                                   const LayerTensors& tensors, LayerPass& pass,
+                                                   Backend& backend) {
   LayerResult result;
   result.decision = std::move(decision);
+  absl::Status status = EnqueueRest(result, tensors, pass, backend);
+  // The device may still read what this frame owns.
+  if (!status.ok()) return ReasonOf(std::move(status), pass);
+  return Collect(std::move(result), tensors, pass, backend);
+}
+
+absl::Status Request::EnqueueRest(LayerResult& result, const LayerTensors& tensors, LayerPass& pass,
+                                  Backend& backend) {
+  pass.timer.Skip();
   if (spec_.method != Method::kPlan) {
-    const absl::Time start = absl::Now();
     absl::StatusOr<LayerPages> pages =
-        ApplyLayer(*context_, result.decision, tensors, backend, stream);
+        ApplyLayer(*context_, result.decision, tensors, backend, pass.stream());
     if (!pages.ok()) return pages.status();
     result.pages = *std::move(pages);
-    if (absl::Status status = stream.Synchronize(); !status.ok()) return status;
-    result.seconds.gather = SecondsSince(start);
+    pass.timer.End(LayerStage::kGather);
   }
   if (spec_.sequence.with_receipt) {
-    const absl::Time start = absl::Now();
-    absl::StatusOr<LayerReceipt> receipt =
-        MeasureLayer(*context_, result.decision, result.pages, tensors, backend, stream);
-    if (!receipt.ok()) return receipt.status();
-    result.receipt = *receipt;
-    result.seconds.receipt = SecondsSince(start);
+    absl::StatusOr<ReceiptFigures> figures =
+        EnqueueReceipt(*context_, result.decision, result.pages, tensors, backend, pass.stream());
+    if (!figures.ok()) return figures.status();
+    result.figures = *std::move(figures);
+    pass.timer.End(LayerStage::kReceipt);
   }
-  return Collect(std::move(result), tensors, backend, stream);
+  return absl::OkStatus();
 }
 
 absl::StatusOr<ComputedLayer> Request::Collect(LayerResult result, const LayerTensors& tensors,
-                                               Backend& backend, Stream& stream) {
+                                               LayerPass& pass, Backend& backend) {
   const int32_t layer = result.decision.plan.layer;
-  const SequenceContext* context = context_.get();
-  int64_t shadow_bytes = 0;
-  if (spec_.shadow) {
-    shadow_bytes = LayerOutputBytes(context_->spec, result.pages.num_kept,
-                                    context_->segmentation.num_blocks());
-    context = shadow_context_.get();
-    absl::StatusOr<LayerDecision> everything = KeepAll(*context, layer, backend, stream);
-    if (!everything.ok()) return everything.status();
-    absl::StatusOr<LayerPages> originals =
-        ApplyLayer(*context, *everything, tensors, backend, stream);
-    if (!originals.ok()) return originals.status();
-    result.decision = *std::move(everything);
-    result.pages = *std::move(originals);
-  }
-  const absl::Time start = absl::Now();
+  const int64_t num_kept = result.pages.num_kept;
   absl::StatusOr<ComputedLayer> output =
-      CollectLayer(*context, std::move(result.decision), std::move(result.pages), backend, stream);
-  if (!output.ok()) return output.status();
-  output->device_to_host_seconds = SecondsSince(start);
-  output->seconds = result.seconds;
-  output->shadow_bytes = shadow_bytes;
+      spec_.shadow ? CollectOriginals(tensors, pass, backend)
+                   : CollectLayer(*context_, result, spec_.output.get(), backend, pass.timer);
+  // The device may still write what `result` owns.
+  if (!output.ok()) return ReasonOf(output.status(), pass);
+  if (absl::Status verdict = pass.finite.Verdict(); !verdict.ok()) return verdict;
+  Account(pass);
+  if (spec_.shadow) {
+    output->shadow_bytes =
+        LayerOutputBytes(context_->spec, num_kept, context_->segmentation.num_blocks());
+  }
   if (spec_.sequence.with_receipt) {
-    result.receipt.layer = layer;
-    output->receipt = result.receipt;
+    output->receipt = result.figures.has_value() ? ReadReceipt(*result.figures) : result.receipt;
+    output->receipt->layer = layer;
   }
   return output;
+}
+
+absl::StatusOr<ComputedLayer> Request::CollectOriginals(const LayerTensors& tensors,
+                                                        LayerPass& pass, Backend& backend) {
+  const SequenceContext& context = *shadow_context_;
+  absl::StatusOr<LayerDecision> everything =
+      KeepAll(context, tensors.layer, backend, pass.stream());
+  if (!everything.ok()) return everything.status();
+  LayerResult originals;
+  originals.decision = *std::move(everything);
+  pass.timer.Skip();
+  absl::StatusOr<LayerPages> pages =
+      ApplyLayer(context, originals.decision, tensors, backend, pass.stream());
+  if (!pages.ok()) return ReasonOf(pages.status(), pass);
+  originals.pages = *std::move(pages);
+  pass.timer.End(LayerStage::kGather);
+  return CollectLayer(context, originals, spec_.output.get(), backend, pass.timer);
 }
 
 bool Request::KeepsAll(int32_t layer) const {
@@ -301,19 +375,19 @@ bool Request::KeepsAll(int32_t layer) const {
 
 // A quality floor with Scope::kGlobal is refused by ValidatePolicy: one decision is all there is.
 absl::Status Request::DecideGlobal(Backend& backend, Stream& stream) {
-  const absl::Time start = absl::Now();
+  LayerPass pass(/*of=*/-1, stream);
   int32_t first = 0;
   while (first < spec_.sequence.shape.num_layers && KeepsAll(first)) ++first;
   if (first < spec_.sequence.shape.num_layers) {
     absl::StatusOr<LayerDecision> decision =
         PlanLayer(*context_, global_scores_, first, /*min_num_kept=*/0, backend, stream);
     if (!decision.ok()) return decision.status();
-    if (absl::Status status = stream.Synchronize(); !status.ok()) return status;
     global_plan_ = std::move(decision->plan);
     global_scores_ = {};
+    pass.timer.End(LayerStage::kSelect);
   }
+  if (absl::Status status = FinishPass(pass); !status.ok()) return status;
   absl::MutexLock lock(&mu_);
-  end_.seconds.layers.select += SecondsSince(start);
   if (stopped()) return absl::OkStatus();
   decided_ = true;
   for (int32_t layer = 0; layer < spec_.sequence.shape.num_layers; ++layer) {
@@ -328,26 +402,18 @@ absl::Status Request::DecideGlobal(Backend& backend, Stream& stream) {
 
 absl::Status Request::ApplyGlobal(int32_t layer, Stage stage, const LayerTensors& tensors,
                                   Backend& backend, Stream& stream) {
-  const auto apply = [&]() -> absl::StatusOr<ComputedLayer> {
-    if (KeepsAll(layer)) {
-      absl::StatusOr<LayerDecision> decision = KeepAll(*context_, layer, backend, stream);
-      if (!decision.ok()) return decision.status();
-      return FinishLayer(*std::move(decision), tensors, backend, stream);
-    }
+  LayerPass pass(layer, stream);
+  const auto decide = [&] {
+    if (KeepsAll(layer)) return KeepAll(*context_, layer, backend, stream);
     LayerPlan plan = global_plan_;
     plan.layer = layer;
-    absl::StatusOr<LayerDecision> decision = FromPlan(std::move(plan), backend, stream);
-    if (!decision.ok()) return decision.status();
-    return FinishLayer(*std::move(decision), tensors, backend, stream);
+    return FromPlan(std::move(plan), backend, stream);
   };
-  absl::StatusOr<ComputedLayer> output = apply();
-  absl::Status status = output.status();
-  status.Update(stream.Synchronize());
+  absl::StatusOr<LayerDecision> decision = decide();
+  if (!decision.ok()) return ReasonOf(decision.status(), pass);
+  absl::StatusOr<ComputedLayer> output = FinishLayer(*std::move(decision), tensors, pass, backend);
   stage = {};
-  if (!status.ok()) return status;
-  absl::MutexLock lock(&mu_);
-  if (!stopped()) outputs_.emplace(layer, *std::move(output));
-  return absl::OkStatus();
+  return Keep(layer, std::move(output));
 }
 
 absl::StatusOr<EndOutput> Request::MakeEnd(EndOutput end) {

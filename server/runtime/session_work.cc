@@ -79,13 +79,13 @@ absl::Status Request::BeginStore(ResidentSequence& sequence, Stream& stream) {
   return sequence.Begin(token_ids, spec_.sequence.shape.num_tokens, stream);
 }
 
-absl::Status Request::StoreLayer(const LayerTensors& tensors, Stream& stream) {
+absl::Status Request::StoreLayer(const LayerTensors& tensors, LayerPass& pass) {
   {
     absl::ReaderMutexLock lock(&stored_->mu);
     if (abandoned_) return Abandoned();
-    absl::Status status = stored_->sequence->StoreLayer(tensors, stream);
-    // While the rows cannot move.
-    status.Update(stream.Synchronize());
+    absl::Status status = stored_->sequence->StoreLayer(tensors, pass.stream());
+    // While the rows cannot move, and before the layer counts as stored.
+    status.Update(FinishPass(pass));
     if (!status.ok()) return status;
   }
   absl::MutexLock lock(&mu_);
@@ -209,8 +209,9 @@ absl::StatusOr<LayerDecision> Request::FetchDecision(int32_t layer, const Stage&
   return FromPlan(std::move(chosen), backend, stream);
 }
 
-absl::StatusOr<ComputedLayer> Request::FetchOne(int32_t layer, const Stage& stage, Backend& backend,
-                                                Stream& stream) {
+absl::StatusOr<ComputedLayer> Request::FetchOne(int32_t layer, const Stage& stage, LayerPass& pass,
+                                                Backend& backend) {
+  Stream& stream = pass.stream();
   absl::StatusOr<LayerDecision> decision = FetchDecision(layer, stage, backend, stream);
   if (!decision.ok()) return decision.status();
   if (spec_.fetch_resume.has_value() && layer < spec_.fetch_resume->layer) {
@@ -228,14 +229,9 @@ absl::StatusOr<ComputedLayer> Request::FetchOne(int32_t layer, const Stage& stag
   tensors.layer = layer;
   tensors.keys = session.sequence->Keys(layer, spec_.sequence.shape.num_tokens);
   tensors.values = session.sequence->Values(layer, spec_.sequence.shape.num_tokens);
-  absl::StatusOr<ComputedLayer> output =
-      FinishLayer(*std::move(decision), tensors, backend, stream);
-  if (!output.ok()) {
-    absl::Status status = output.status();
-    status.Update(stream.Synchronize());
-    return status;
-  }
-  return output;
+  tensors.page_memory = page_memory();
+  // Has waited for the device when it returns, also after a failure.
+  return FinishLayer(*std::move(decision), tensors, pass, backend);
 }
 
 // Bits that were lost when the sequence was stored are not known to the policy of the pages.

@@ -38,9 +38,10 @@ absl::Status NotOwner() {
 
 // -- Session, SessionUse --------------------------------------------------------------------------
 
-Session::Session(SessionStore& store, std::string id, SessionSettings settings, ResidentSpec spec,
-                 std::shared_ptr<const DelimiterProfile> profile)
+Session::Session(SessionStore& store, Backend& backend, std::string id, SessionSettings settings,
+                 ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile)
     : store_(store),
+      backend_(backend),
       id_(std::move(id)),
       settings_(std::move(settings)),
       spec_(std::move(spec)),
@@ -79,8 +80,7 @@ void SessionUse::Reset() {
 
 // -- opening --------------------------------------------------------------------------------------
 
-SessionStore::SessionStore(Options options, Backend& backend)
-    : options_(std::move(options)), backend_(backend) {}
+SessionStore::SessionStore(Options options) : options_(std::move(options)) {}
 
 SessionStore::~SessionStore() {
   absl::flat_hash_map<std::string, std::shared_ptr<Session>> sessions;
@@ -92,7 +92,8 @@ SessionStore::~SessionStore() {
 }
 
 absl::StatusOr<std::shared_ptr<Session>> SessionStore::Reserve(
-    SessionSettings settings, ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile) {
+    SessionSettings settings, ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile,
+    Backend& backend) {
   const ResidentLayout layout = PredictResident(spec);
   const int64_t bytes = layout.key_value_bytes + layout.index_bytes;
   const bool never =
@@ -108,8 +109,8 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Reserve(
                                    " of them for its index; that is more than this server gives"));
   }
   const std::string tenant = settings.tenant;
-  std::shared_ptr<Session> session(
-      new Session(*this, NewId(), std::move(settings), std::move(spec), std::move(profile)));
+  std::shared_ptr<Session> session(new Session(*this, backend, NewId(), std::move(settings),
+                                               std::move(spec), std::move(profile)));
   absl::MutexLock lock(&mu_);
   // Counted from here on: given back with the session.
   session->key_value_bytes_ = layout.key_value_bytes;
@@ -144,14 +145,18 @@ bool SessionStore::HasRoom(const Session& session, Residence residence) const {
   const auto fits = [](int64_t used, int64_t more, int64_t most) {
     return most == 0 || more == 0 || used + more <= most;
   };
-  return fits(totals_.device_bytes, device_bytes, options_.max_device_bytes) &&
+  const auto used = device_bytes_.find(&session.backend_);
+  return fits(used == device_bytes_.end() ? 0 : used->second, device_bytes,
+              options_.max_device_bytes) &&
          fits(totals_.host_bytes, host_bytes, options_.max_host_bytes);
 }
 
 void SessionStore::Charge(Session& session, Residence residence, int64_t sign) {
-  int64_t& bytes = residence == Residence::kDevice ? totals_.device_bytes : totals_.host_bytes;
-  bytes += sign * session.key_value_bytes_;
-  totals_.device_bytes += sign * session.index_bytes_;
+  const int64_t key_value_bytes = sign * session.key_value_bytes_;
+  int64_t device_bytes = sign * session.index_bytes_;
+  (residence == Residence::kDevice ? device_bytes : totals_.host_bytes) += key_value_bytes;
+  totals_.device_bytes += device_bytes;
+  device_bytes_[&session.backend_] += device_bytes;
 }
 
 absl::Status SessionStore::CreateSequence(Session& session, Residence residence) {
@@ -165,7 +170,7 @@ absl::Status SessionStore::CreateSequence(Session& session, Residence residence)
     session.materialized_ = true;
   }
   absl::StatusOr<std::unique_ptr<ResidentSequence>> sequence =
-      ResidentSequence::Create(session.spec_, session.profile_, residence, backend_);
+      ResidentSequence::Create(session.spec_, session.profile_, residence, session.backend_);
   if (sequence.ok()) {
     absl::MutexLock lock(&session.mu);
     session.sequence = *std::move(sequence);
@@ -184,7 +189,7 @@ absl::Status SessionStore::Materialize(Session& session, Stream& stream) {
     while (true) {
       status = CreateSequence(session, Residence::kDevice);
       if (!absl::IsResourceExhausted(status)) return status;
-      const absl::StatusOr<bool> demoted = DemoteOne(stream);
+      const absl::StatusOr<bool> demoted = DemoteOne(session.backend_, stream);
       if (!demoted.ok()) return demoted.status();
       if (!*demoted) break;
     }
@@ -194,7 +199,7 @@ absl::Status SessionStore::Materialize(Session& session, Stream& stream) {
     while (true) {
       status = CreateSequence(session, Residence::kHost);
       if (!absl::IsResourceExhausted(status)) return status;
-      const absl::StatusOr<bool> demoted = DemoteOne(stream);
+      const absl::StatusOr<bool> demoted = DemoteOne(session.backend_, stream);
       if (!demoted.ok()) return demoted.status();
       if (!*demoted) break;
     }
@@ -234,7 +239,10 @@ std::shared_ptr<Session> SessionStore::End(const std::string& id, Ending ending)
   tombstones_[id] = {.ending = ending,
                      .tenant = session->settings_.tenant,
                      .forget = options_.now() + std::max(session->lease_, kLeastMemory)};
-  ++(ending == Ending::kExpired ? totals_.expired : totals_.released);
+  int64_t& total = ending == Ending::kExpired    ? totals_.expired
+                   : ending == Ending::kReleased ? totals_.released
+                                                 : totals_.lost;
+  ++total;
   totals_.num_sessions = static_cast<int64_t>(sessions_.size());
   return session;
 }
@@ -253,7 +261,7 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Find(std::string_view id,
   const absl::string_view key(id.data(), id.size());
   if (const auto found = sessions_.find(key); found != sessions_.end()) {
     if (found->second->settings_.tenant != tenant) return NotOwner();
-    if (absl::Status status = backend_.Healthy(); !status.ok()) {
+    if (absl::Status status = found->second->backend_.Healthy(); !status.ok()) {
       return WithReason(
           absl::StatusCode::kDataLoss, "SESSION_LOST",
           absl::StrCat("the session was lost with the device: ", std::string(status.message())));
@@ -263,6 +271,10 @@ absl::StatusOr<std::shared_ptr<Session>> SessionStore::Find(std::string_view id,
   const auto ended = tombstones_.find(key);
   if (ended == tombstones_.end()) return Gone("SESSION_UNKNOWN", "there is no such session");
   if (ended->second.tenant != tenant) return NotOwner();
+  if (ended->second.ending == Ending::kLost) {
+    return WithReason(absl::StatusCode::kDataLoss, "SESSION_LOST",
+                      "the session was lost with its device");
+  }
   if (ended->second.ending == Ending::kReleased) {
     return Gone("SESSION_RELEASED", "the session has been released");
   }
@@ -411,13 +423,13 @@ absl::Status SessionStore::Move(Session& session, Residence residence, Stream& s
   return absl::OkStatus();
 }
 
-absl::StatusOr<bool> SessionStore::DemoteOne(Stream& stream) {
+absl::StatusOr<bool> SessionStore::DemoteOne(const Backend& backend, Stream& stream) {
   std::shared_ptr<Session> victim;
   {
     absl::MutexLock lock(&mu_);
     for (const auto& [id, session] : sessions_) {
-      if (session->residence_ != Residence::kDevice || session->moving_ || session->appending_ ||
-          session->num_mappings_ > 0) {
+      if (&session->backend_ != &backend || session->residence_ != Residence::kDevice ||
+          session->moving_ || session->appending_ || session->num_mappings_ > 0) {
         continue;
       }
       if (victim == nullptr || session->last_used_ < victim->last_used_) victim = session;
@@ -438,7 +450,8 @@ bool SessionStore::ShouldRestore(const Session& session) const {
     return false;
   }
   if (!HasRoom(session, Residence::kDevice)) return false;
-  return backend_.device_bytes_in_use() + session.key_value_bytes_ <= backend_.info().memory_bytes;
+  const Backend& backend = session.backend_;
+  return backend.device_bytes_in_use() + session.key_value_bytes_ <= backend.info().memory_bytes;
 }
 
 absl::Status SessionStore::Restore(Session& session, Stream& stream) {
@@ -459,12 +472,17 @@ void SessionStore::Sweep() {
   std::vector<std::shared_ptr<Session>> ended;  // freed outside the lock
   absl::MutexLock lock(&mu_);
   const absl::Time now = options_.now();
-  std::vector<std::string> over;
+  std::vector<std::pair<std::string, Ending>> over;
   for (const auto& [id, session] : sessions_) {
-    if (session->num_users_ == 0 && session->expiry_ <= now) over.push_back(id);
+    if (session->num_users_ > 0) continue;
+    if (session->expiry_ <= now) {
+      over.emplace_back(id, Ending::kExpired);
+    } else if (!session->backend_.Healthy().ok()) {
+      over.emplace_back(id, Ending::kLost);
+    }
   }
   ended.reserve(over.size());
-  for (const std::string& id : over) ended.push_back(End(id, Ending::kExpired));
+  for (const auto& [id, ending] : over) ended.push_back(End(id, ending));
   absl::erase_if(tombstones_, [now](const auto& entry) { return entry.second.forget <= now; });
 }
 

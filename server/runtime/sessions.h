@@ -52,6 +52,7 @@ class Session {
   const std::string& id() const { return id_; }
   const SessionSettings& settings() const { return settings_; }
   const ResidentSpec& spec() const { return spec_; }  // shape at opening
+  Backend& backend() const { return backend_; }       // where it is, for good
 
   // Guards the sequence. Reader-held while views of it are in use.
   absl::Mutex mu;
@@ -67,10 +68,11 @@ class Session {
  private:
   friend class SessionStore;
   friend class SessionUse;
-  Session(SessionStore& store, std::string id, SessionSettings settings, ResidentSpec spec,
-          std::shared_ptr<const DelimiterProfile> profile);
+  Session(SessionStore& store, Backend& backend, std::string id, SessionSettings settings,
+          ResidentSpec spec, std::shared_ptr<const DelimiterProfile> profile);
 
   SessionStore& store_;
+  Backend& backend_;
   const std::string id_;
   const SessionSettings settings_;
   const ResidentSpec spec_;
@@ -124,7 +126,8 @@ class SessionStore {
  public:
   struct Options {
     int32_t max_sessions = 1024;
-    int64_t max_device_bytes = 0;  // K, V and indices of all sessions; 0 = the backend's own cap
+    // K, V and indices of all sessions of one device; 0 = the backend's own cap
+    int64_t max_device_bytes = 0;
     int64_t max_host_bytes = 0;    // likewise in pinned host memory; 0 = the backend's own cap
     int64_t max_tenant_bytes = 0;  // device and host together; 0 = no quota
     std::function<absl::Time()> now = absl::Now;
@@ -132,21 +135,23 @@ class SessionStore {
   struct Totals {
     int64_t num_sessions = 0;
     int64_t device_bytes = 0, host_bytes = 0;
-    int64_t opened = 0, released = 0, expired = 0, demotions = 0, restorations = 0;
+    int64_t opened = 0, released = 0, expired = 0, lost = 0, demotions = 0, restorations = 0;
   };
 
-  // `backend` outlives the store, the store every session.
-  SessionStore(Options options, Backend& backend);
+  // The store outlives every session.
+  explicit SessionStore(Options options);
   ~SessionStore();
   SessionStore(const SessionStore&) = delete;
   SessionStore& operator=(const SessionStore&) = delete;
 
   // -- opening --
   // Takes a place and the tenant's quota. Nothing is allocated yet; the session is invisible to
-  // others, and gone with the last pointer unless published.
+  // others, and gone with the last pointer unless published. `backend` is where it will be, and
+  // outlives the store.
   //   RESOURCE_EXHAUSTED  sessions, tenant's bytes (RetryInfo); more than can ever fit
   absl::StatusOr<std::shared_ptr<Session>> Reserve(SessionSettings settings, ResidentSpec spec,
-                                                   std::shared_ptr<const DelimiterProfile> profile);
+                                                   std::shared_ptr<const DelimiterProfile> profile,
+                                                   Backend& backend);
   // Allocates the sequence, demoting least recently used sessions of the device where that is what
   // it takes. May take long (pinning, copying): from a job. RESOURCE_EXHAUSTED with RetryInfo.
   absl::Status Materialize(Session& session, Stream& stream);
@@ -155,7 +160,7 @@ class SessionStore {
 
   // -- using -- each renews the lease
   //   NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_RELEASED; PERMISSION_DENIED
-  //   SESSION_OWNER; DATA_LOSS SESSION_LOST when the device is gone
+  //   SESSION_OWNER; DATA_LOSS SESSION_LOST when its device is gone
   absl::StatusOr<SessionUse> Use(std::string_view id, std::string_view tenant);
   // As Use, and no other append until the result is gone: FAILED_PRECONDITION APPEND_RUNNING,
   // APPEND_POSITION.
@@ -177,14 +182,15 @@ class SessionStore {
   bool ShouldRestore(const Session& session) const;
   absl::Status Restore(Session& session, Stream& stream);
 
-  // Ends leases that are over and forgets old endings. Called every now and then.
+  // Ends leases that are over and sessions whose device has failed, so that nobody's quota is held
+  // by them, and forgets old endings. Called every now and then.
   void Sweep();
   Totals totals() const;
 
  private:
   friend class Session;
   friend class SessionUse;
-  enum class Ending : uint8_t { kReleased, kExpired };
+  enum class Ending : uint8_t { kReleased, kExpired, kLost };
   struct Tombstone {
     Ending ending;
     std::string tenant;
@@ -206,20 +212,20 @@ class SessionStore {
   void Charge(Session& session, Residence residence, int64_t sign)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   absl::Status CreateSequence(Session& session, Residence residence) ABSL_LOCKS_EXCLUDED(mu_);
-  // Demotes the least recently used session that may be; false when there is none.
-  absl::StatusOr<bool> DemoteOne(Stream& stream) ABSL_LOCKS_EXCLUDED(mu_);
+  // Demotes the backend's least recently used session that may be; false when there is none.
+  absl::StatusOr<bool> DemoteOne(const Backend& backend, Stream& stream) ABSL_LOCKS_EXCLUDED(mu_);
   absl::Status Move(Session& session, Residence residence, Stream& stream) ABSL_LOCKS_EXCLUDED(mu_);
   void GiveBack(Session& session) ABSL_LOCKS_EXCLUDED(mu_);
   void StopUsing(Session& session, SessionUse::Purpose purpose) ABSL_LOCKS_EXCLUDED(mu_);
 
   const Options options_;
-  Backend& backend_;
 
   mutable absl::Mutex mu_;
   absl::flat_hash_map<std::string, std::shared_ptr<Session>> sessions_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::string, Tombstone> tombstones_ ABSL_GUARDED_BY(mu_);
   std::map<std::string, int64_t, std::less<>> tenant_bytes_ ABSL_GUARDED_BY(mu_);
   int64_t num_reserved_ ABSL_GUARDED_BY(mu_) = 0;  // published or not
+  absl::flat_hash_map<const Backend*, int64_t> device_bytes_ ABSL_GUARDED_BY(mu_);
   Totals totals_ ABSL_GUARDED_BY(mu_);
 };
 

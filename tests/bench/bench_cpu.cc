@@ -4,40 +4,37 @@
 // channels, bf16; ceilings are measured between the operations they are held against, with the
 // same number of threads: memcpy of the same bytes, and OpenBLAS sgemm of the same shape.
 //
-//     bench_cpu --benchmark_min_time=0.5
+//     bench_cpu --benchmark_min_time=0.5 [THREADS...]
 //
-// prints the usual lines and a final table: what, value, ceiling, share, target.
+// prints the usual lines, then the rows of tests/bench/report.h. Targets are those of two threads.
 #include <benchmark/benchmark.h>
 #include <cblas.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
 #include <random>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "server/cpu/cpu_backend.h"
 #include "server/cpu/thread_pool.h"
+#include "tests/bench/layer_input.h"
+#include "tests/bench/report.h"
 #include "tests/oracle/device_session.h"
 #include "tests/oracle/random_tensors.h"
 
-namespace dynsplit {
+namespace dynsplit::bench {
 namespace {
 
-using oracle::HostTensor;
 using Format = EncodingPolicy::Format;
 
-constexpr int32_t kQueryHeads = 32;
-constexpr int32_t kKvHeads = 8;
-constexpr int32_t kHeadDim = 128;
-constexpr int32_t kWindow = 64;
+constexpr int kTargetThreads = 2;
 constexpr int64_t kTokens = 32768;
 constexpr int64_t kTokenBytes = kKvHeads * kHeadDim * 2;
 
@@ -52,16 +49,9 @@ class Memory {
   }
 };
 
-// Dense bf16 values in [-2, 2); fast to make, unlike HostTensor.
 std::shared_ptr<Buffer> RandomBFloat16(int64_t count, uint64_t seed) {
-  std::mt19937_64 random(seed);
   auto values = Memory::Bytes(count * 2);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint64_t bits = random();
-    const uint64_t exponent = 122 + bits % 6;  // 2^-5 .. 1
-    values->as<uint16_t>()[i] =
-        static_cast<uint16_t>((bits >> 40 & 0x8000) | exponent << 7 | (bits >> 20 & 0x7F));
-  }
+  FillBFloat16(count, seed, values->as<uint16_t>());
   return values;
 }
 
@@ -118,19 +108,6 @@ struct Runner {
   std::unique_ptr<Stream> stream;
 };
 
-// Results by (name, threads): seconds of one call. Fastest of the repetitions.
-struct Measured {
-  double seconds = 0;
-  double ceiling_seconds = 0;  // 0 = none
-  double work = 0;
-  const char* unit = "";
-  double target = 0;
-};
-std::map<std::pair<std::string, int>, Measured>& Table() {
-  static auto& table = *new std::map<std::pair<std::string, int>, Measured>;
-  return table;
-}
-
 double Seconds(const std::function<void()>& work) {
   const auto start = std::chrono::steady_clock::now();
   work();
@@ -142,14 +119,34 @@ double Fastest(const std::vector<double>& seconds) {
   return *std::min_element(seconds.begin(), seconds.end());
 }
 
+enum class Unit : uint8_t { kBytes, kFlops, kTime };
+
 struct Case {
   std::string name;
   double work = 0;  // bytes or floating-point operations of one call
-  const char* unit = "B";
-  double target = 0;
+  Unit unit = Unit::kBytes;
+  std::string target = {};  // with kTargetThreads
   std::function<void()> run;
-  std::function<void()> ceiling;  // empty = none
+  std::function<void()> ceiling = {};  // empty = none
+  std::string peer_name = {};          // of kTargetThreads
 };
+
+// Seconds of one call, the fastest of the repetitions.
+struct Measured {
+  Case test;
+  int threads = 0;
+  double seconds = 0;
+  double ceiling_seconds = 0;  // 0 = none
+};
+// By name and threads; Google Benchmark calls more than once, with growing numbers of repetitions.
+std::map<std::string, Measured>& Results() {
+  static auto& results = *new std::map<std::string, Measured>;
+  return results;
+}
+
+std::string RowName(const Case& test, int threads) {
+  return "cpu/" + test.name + "/threads=" + std::to_string(threads);
+}
 
 // Alternates the ceiling and the operation, so that both see the same machine.
 void Measure(benchmark::State& state, const Case& test, int threads) {
@@ -162,10 +159,31 @@ void Measure(benchmark::State& state, const Case& test, int threads) {
     own.push_back(Seconds(test.run));
     state.SetIterationTime(own.back());
   }
-  Measured& row = Table()[{test.name, threads}];
-  row = {Fastest(own), ceiling.empty() ? 0 : Fastest(ceiling), test.work, test.unit, test.target};
-  state.counters["rate"] = benchmark::Counter(row.work / row.seconds);
-  if (row.ceiling_seconds > 0) state.counters["share"] = row.ceiling_seconds / row.seconds;
+  Results()[RowName(test, threads)] = {test, threads, Fastest(own),
+                                       ceiling.empty() ? 0 : Fastest(ceiling)};
+}
+
+Row RowOf(const Measured& measured) {
+  const Case& test = measured.test;
+  const bool at_target = measured.threads == kTargetThreads;
+  // What one call comes to in so many seconds.
+  const auto value = [&](double seconds) {
+    return test.unit == Unit::kTime ? 1e3 * seconds : test.work / seconds / 1e9;
+  };
+  const char* const units[] = {"GB/s", "Gflop/s", "ms"};
+  Row row = {.name = RowName(test, measured.threads),
+             .value = value(measured.seconds),
+             .unit = units[static_cast<size_t>(test.unit)],
+             .ceiling = std::nullopt,
+             .share = std::nullopt,
+             .target = at_target ? test.target : "",
+             .peer = std::nullopt,
+             .peer_name = at_target ? test.peer_name : ""};
+  if (measured.ceiling_seconds > 0) {
+    row.ceiling = value(measured.ceiling_seconds);
+    row.share = measured.ceiling_seconds / measured.seconds;
+  }
+  return row;
 }
 
 // memcpy of `num_bytes` in total, cut among the threads. The source window wanders through as many
@@ -226,47 +244,40 @@ std::shared_ptr<std::vector<T>> Zeros(int64_t count) {
   return std::make_shared<std::vector<T>>(static_cast<size_t>(count));
 }
 
-void Check(const absl::Status& status) {
-  if (!status.ok()) {
-    std::fprintf(stderr, "%s\n", status.ToString().c_str());
-    std::abort();
-  }
-}
-
 Case ApplyCase(Runner& runner, int64_t percent, Format format, bool rotated) {
   const auto kept = std::make_shared<std::vector<int32_t>>(KeptTokens(percent));
   const auto num_kept = static_cast<int64_t>(kept->size());
   auto pages = Memory::Bytes((num_kept + 15) / 16 * 16 * kTokenBytes);
   auto scales = Zeros<float>((num_kept + 15) * kKvHeads);
-  GatherPagesParams params{.source = TheLayer().Keys(),
-                           .kept = kept->data(),
-                           .num_kept = num_kept,
-                           .format = format,
-                           .rotation = {},
-                           .pages = pages->data()};
-  std::string name = "Apply " + std::to_string(percent) + "%";
+  GatherPagesItem params{.source = TheLayer().Keys(),
+                         .kept = kept->data(),
+                         .num_kept = num_kept,
+                         .format = format,
+                         .rotation = {},
+                         .pages = pages->data()};
+  std::string name = "apply/keep=" + std::to_string(percent) + "%";
   int64_t out_bytes = num_kept * kTokenBytes;
   if (format != Format::kAsIs) {
     params.scales = scales->data();
     params.out_dtype = format == Format::kInt8 ? DType::kInt8 : DType::kFloat8E4M3;
     params.scale_granularity =
         format == Format::kInt8 ? ScaleGranularity::kTokenHead : ScaleGranularity::kHead;
-    name += format == Format::kInt8 ? " int8" : " fp8";
+    name += format == Format::kInt8 ? "/int8" : "/fp8";
     out_bytes /= 2;
-  } else {
-    name += " as is";
   }
   if (rotated) {
     params.rotation = TheLayer().rotation.table();
-    name += " rotated";
+    name += "/re-rotated";
   }
   const int64_t moved = num_kept * kTokenBytes + out_bytes;  // read + written
   return {.name = name,
           .work = static_cast<double>(moved),
-          .unit = "B",
-          .target = format == Format::kAsIs && !rotated ? 0.5 : 0,
-          .run = [&runner, params, kept, pages,
-                  scales] { Check(runner.backend->GatherPages(params, *runner.stream)); },
+          .unit = Unit::kBytes,
+          .target = format == Format::kAsIs ? "share >= 0.80" : "",
+          .run =
+              [&runner, params, kept, pages, scales] {
+                Check(runner.backend->GatherPages({.items = {&params, 1}}, *runner.stream));
+              },
           .ceiling = CopyCeiling(runner, moved / 2)};
 }
 
@@ -278,10 +289,10 @@ Case ScoreWindowCase(Runner& runner, bool with_lse) {
                            .softmax_scale = 1 / std::sqrt(static_cast<float>(kHeadDim)),
                            .pooling_kernel = 5,
                            .scores = scores->data()};
-  return {.name = with_lse ? "ScoreWindow, LSE given" : "ScoreWindow",
+  return {.name = with_lse ? "score-window/lse" : "score-window",
           .work = 2.0 * kWindow * kQueryHeads * kTokens * kHeadDim,
-          .unit = "flop",
-          .target = 0.5,
+          .unit = Unit::kFlops,
+          .target = "share >= 0.70",
           .run = [&runner, params,
                   scores] { Check(runner.backend->ScoreWindow(params, *runner.stream)); },
           .ceiling = GemmCeiling(runner, 1)};
@@ -307,9 +318,10 @@ Case MeasureAttentionCase(Runner& runner) {
                                 .err_sq = out->data() + kQueryHeads,
                                 .ref_sq = out->data() + 2 * kQueryHeads};
   const double both = 1 + static_cast<double>(num_kept) / kTokens;
-  return {.name = "MeasureAttention 20% (ceiling: full K and V only)",
+  // The ceiling is that of the full K and V only.
+  return {.name = "measure-attention/keep=20%",
           .work = 4.0 * both * kWindow * kQueryHeads * kTokens * kHeadDim,
-          .unit = "flop",
+          .unit = Unit::kFlops,
           .run = [&runner, params, kept,
                   out] { Check(runner.backend->MeasureAttention(params, *runner.stream)); },
           .ceiling = GemmCeiling(runner, 2)};
@@ -324,9 +336,9 @@ Case SummarizeCase(Runner& runner) {
                                .num_blocks = TheLayer().num_blocks(),
                                .summaries = DenseSummaries(DType::kBFloat16, kKvHeads, kHeadDim,
                                                            min->data(), max->data(), nullptr)};
-  return {.name = "SummarizeBlocks (ceiling: read)",
+  return {.name = "summarize-blocks",
           .work = static_cast<double>(kTokens * kTokenBytes + 4 * elements),
-          .unit = "B",
+          .unit = Unit::kBytes,
           .run = [&runner, params, min,
                   max] { Check(runner.backend->SummarizeBlocks(params, *runner.stream)); },
           .ceiling = ReadCeiling(runner, kTokens * kTokenBytes)};
@@ -334,12 +346,14 @@ Case SummarizeCase(Runner& runner) {
 
 Case CheckFiniteCase(Runner& runner) {
   auto first = Zeros<int32_t>(1);
-  CheckFiniteParams params{.tensor = TheLayer().Keys(), .first_bad_token = first->data()};
-  return {.name = "CheckFinite (ceiling: read)",
+  CheckFiniteItem params{.tensor = TheLayer().Keys(), .first_bad_token = first->data()};
+  return {.name = "check-finite",
           .work = static_cast<double>(kTokens * kTokenBytes),
-          .unit = "B",
-          .run = [&runner, params,
-                  first] { Check(runner.backend->CheckFinite(params, *runner.stream)); },
+          .unit = Unit::kBytes,
+          .run =
+              [&runner, params, first] {
+                Check(runner.backend->CheckFinite({.items = {&params, 1}}, *runner.stream));
+              },
           .ceiling = ReadCeiling(runner, kTokens * kTokenBytes)};
 }
 
@@ -364,12 +378,11 @@ Case SelectCase(Runner& runner) {
                             .num_kept = kKept,
                             .kept = kept->data(),
                             .kept_counts = counts->data()};
-  return {.name = "SelectTokens, 8 heads",
-          .work = static_cast<double>(kKvHeads * TheLayer().num_blocks()),
-          .unit = "block",
-          .run = [&runner, params, block_scores, token_scores, is_protected, kept,
-                  counts] { Check(runner.backend->SelectTokens(params, *runner.stream)); },
-          .ceiling = {}};
+  return {.name = "select-tokens/groups=8",
+          .unit = Unit::kTime,
+          .run = [&runner, params, block_scores, token_scores, is_protected, kept, counts] {
+            Check(runner.backend->SelectTokens(params, *runner.stream));
+          }};
 }
 
 // One layer of a decode step on a sequence that stays: scores of all blocks, then the tokens. The
@@ -410,10 +423,10 @@ Case SelectStepCase(Runner& runner, DType dtype) {
                                 .suffix_begin = kTokens - 32,
                                 .num_selected = kSelected,
                                 .tokens = tokens->data()};
-  return {.name = std::string("select_step 8B 32K ") +
-                  (dtype == DType::kFloat8E4M3 ? "e4m3" : "bf16") + " (ceiling: read)",
+  return {.name = std::string("session-select/bounds=") +
+                  (dtype == DType::kFloat8E4M3 ? "e4m3" : "bf16"),
           .work = static_cast<double>(bounds->size_bytes()),
-          .unit = "B",
+          .unit = Unit::kBytes,
           .run =
               [&runner, score, select, bounds, scales, scores, tokens] {
                 Check(runner.backend->ScoreBlocks(
@@ -425,6 +438,18 @@ Case SelectStepCase(Runner& runner, DType dtype) {
                                                    *runner.stream));
               },
           .ceiling = ReadCeiling(runner, bounds->size_bytes())};
+}
+
+// Scores, selects and gathers K and V of a layer through the pipeline. The ceiling is the matrix
+// product alone; the peer removes as much with the method of the preset snapkv.
+Case CompressCase(Runner& runner, const std::string& preset) {
+  const auto input = std::make_shared<LayerInput>(*runner.backend, *runner.stream, kTokens, 1);
+  return {.name = "compress/T=" + std::to_string(kTokens) + "/" + preset,
+          .unit = Unit::kTime,
+          .target = "peer >= 3",
+          .run = [input, preset] { input->Compress(preset, 1); },
+          .ceiling = GemmCeiling(runner, 1),
+          .peer_name = "kvpress-snapkv/cpu/T=" + std::to_string(kTokens)};
 }
 
 std::vector<Case> Cases(Runner& runner) {
@@ -443,44 +468,32 @@ std::vector<Case> Cases(Runner& runner) {
   cases.push_back(SelectCase(runner));
   cases.push_back(SelectStepCase(runner, DType::kFloat8E4M3));
   cases.push_back(SelectStepCase(runner, DType::kBFloat16));
+  cases.push_back(CompressCase(runner, "snapkv"));
+  cases.push_back(CompressCase(runner, "dynsplit"));
   return cases;
 }
 
-void PrintTable() {
-  std::printf("\n%-52s %7s %12s %14s %14s %6s %6s\n", "what", "threads", "ms", "value", "ceiling",
-              "share", "target");
-  for (const auto& [key, row] : Table()) {
-    std::printf("%-52s %7d %12.3f %8.2f G%s/s", key.first.c_str(), key.second, row.seconds * 1e3,
-                row.work / row.seconds / 1e9, row.unit);
-    if (row.ceiling_seconds > 0) {
-      std::printf(" %8.2f G%s/s %6.2f", row.work / row.ceiling_seconds / 1e9, row.unit,
-                  row.ceiling_seconds / row.seconds);
-    }
-    if (row.target > 0) std::printf(" %6.2f", row.target);
-    std::printf("\n");
-  }
-}
-
 }  // namespace
-}  // namespace dynsplit
+}  // namespace dynsplit::bench
 
 int main(int argc, char** argv) {
+  using namespace dynsplit::bench;
   benchmark::Initialize(&argc, argv);
-  std::vector<int> thread_counts = {1, 2};
-  const auto all = static_cast<int>(std::thread::hardware_concurrency());
-  if (all > 2) thread_counts.push_back(all);
-  std::vector<std::unique_ptr<dynsplit::Runner>> runners;
+  std::vector<int> thread_counts;
+  for (int i = 1; i < argc; ++i) thread_counts.push_back(std::max(1, std::atoi(argv[i])));
+  if (thread_counts.empty()) thread_counts.push_back(kTargetThreads);
+  std::vector<std::unique_ptr<Runner>> runners;
   for (int threads : thread_counts) {
-    runners.push_back(std::make_unique<dynsplit::Runner>(threads));
-    for (const dynsplit::Case& test : dynsplit::Cases(*runners.back())) {
+    runners.push_back(std::make_unique<Runner>(threads));
+    for (const Case& test : Cases(*runners.back())) {
       benchmark::RegisterBenchmark(
-          (test.name + "/threads:" + std::to_string(threads)).c_str(),
-          [test, threads](benchmark::State& state) { dynsplit::Measure(state, test, threads); })
+          RowName(test, threads).c_str(),
+          [test, threads](benchmark::State& state) { Measure(state, test, threads); })
           ->UseManualTime()
           ->Unit(benchmark::kMillisecond);
     }
   }
   benchmark::RunSpecifiedBenchmarks();
-  dynsplit::PrintTable();
+  for (const auto& [name, measured] : Results()) Report(RowOf(measured));
   return 0;
 }

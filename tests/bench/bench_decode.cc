@@ -315,19 +315,19 @@ class DecodeBench {
     const bool encoded = format != EncodingPolicy::Format::kAsIs;
     const DType dtype = OutputDType(DType::kBFloat16, format, false);
     const int64_t row_bytes = kDim * DTypeBytes(dtype);
-    Check(kernels::GatherPages(
-        {.source = DenseView(layer.keys.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
-         .num_kept = num_tokens_,
-         .page_size = 1,
-         .format = format,
-         .scale_granularity = ScaleGranularity::kTokenHead,
-         .out_dtype = dtype,
-         .rotation = {},
-         .pages = rows.data(),
-         .scales = encoded ? scales.as<float>() : nullptr,
-         .slot_stride_bytes = row_bytes,
-         .head_stride_bytes = num_tokens_ * row_bytes},
-        device_.launch));
+    const GatherPagesItem item = {
+        .source = DenseView(layer.keys.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
+        .num_kept = num_tokens_,
+        .page_size = 1,
+        .format = format,
+        .scale_granularity = ScaleGranularity::kTokenHead,
+        .out_dtype = dtype,
+        .rotation = {},
+        .pages = rows.data(),
+        .scales = encoded ? scales.as<float>() : nullptr,
+        .slot_stride_bytes = row_bytes,
+        .head_stride_bytes = num_tokens_ * row_bytes};
+    Check(kernels::GatherPages({.items = {&item, 1}}, device_.launch));
   }
 
   // `passes`: times that a moved byte crosses what the ceiling measures.

@@ -22,6 +22,23 @@ std::string Text(const std::optional<double>& value, const char* format) {
   return text;
 }
 
+bool IsRate(const std::string& unit) { return unit.size() > 2 && unit.ends_with("/s"); }
+
+[[noreturn]] void Die(const std::string& why) {
+  std::fprintf(stderr, "%s\n", why.c_str());
+  std::exit(1);
+}
+
+// What tests/bench/peers.py wrote; an empty list where no file is named.
+nlohmann::json ReadPeers() {
+  const char* const file = std::getenv("DYNSPLIT_BENCH_PEERS");
+  if (file == nullptr) return nlohmann::json::array();
+  std::ifstream in(file);
+  nlohmann::json peers = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
+  if (!peers.is_array()) Die(std::string("DYNSPLIT_BENCH_PEERS: no list in ") + file);
+  return peers;
+}
+
 }  // namespace
 
 Row Rate(std::string name, double value, std::string unit, double ceiling, std::string target) {
@@ -54,18 +71,31 @@ std::optional<bool> Meets(const Row& row) {
   std::optional<double> measured;
   if (subject == "value") measured = row.value;
   if (subject == "share") measured = row.share;
-  if (subject == "peer" && row.peer.has_value()) measured = *row.peer / row.value;
+  if (subject == "peer" && row.peer.has_value()) {
+    measured = IsRate(row.unit) ? row.value / *row.peer : *row.peer / row.value;
+  }
   if (!words || (relation != ">=" && relation != "<=") ||
       (subject != "value" && subject != "share" && subject != "peer")) {
-    std::fprintf(stderr, "target '%s' of row %s cannot be read\n", row.target.c_str(),
-                 row.name.c_str());
-    std::exit(1);
+    Die("target '" + row.target + "' of row " + row.name + " cannot be read");
   }
   if (!measured.has_value()) return std::nullopt;  // this host has no such peer
   return relation == ">=" ? *measured >= bound : *measured <= bound;
 }
 
-void Report(const Row& row) {
+std::optional<double> PeerValue(const std::string& name, const std::string& unit) {
+  static const nlohmann::json& peers = *new nlohmann::json(ReadPeers());
+  for (const nlohmann::json& peer : peers) {
+    if (peer.value("name", "") != name) continue;
+    if (peer.value("unit", "") != unit) Die("peer " + name + " is not in " + unit);
+    return peer.at("value").get<double>();
+  }
+  return std::nullopt;
+}
+
+void Report(Row row) {
+  if (!row.peer.has_value()) {
+    row.peer = PeerValue(row.peer_name.empty() ? row.name : row.peer_name, row.unit);
+  }
   static const bool head = [] {
     std::printf("%-52s %10s %-8s %10s %7s  %-15s %4s %10s\n", "what", "value", "unit", "ceiling",
                 "share", "target", "met", "peer");

@@ -20,18 +20,27 @@ struct Row {
   std::optional<double> share;  // as Rate and Cost fill it
   std::string target;           // "share >= 0.90", "value <= 120", "peer >= 25"; empty = none
   std::optional<double> peer;   // value of the peer in the same unit and run
+  // What Report looks up where `peer` is empty: "kvpress-snapkv/cuda/T=131072", as
+  // tests/bench/peers.py names its figures in the file that DYNSPLIT_BENCH_PEERS names. Without it,
+  // the row's own name.
+  std::string peer_name = {};
 };
 
 // A rate, higher is better; a cost (time, bytes), lower is better.
 Row Rate(std::string name, double value, std::string unit, double ceiling, std::string target = "");
 Row Cost(std::string name, double value, std::string unit, double floor, std::string target = "");
 
-// Whether the row reaches its target; nullopt without one. "peer >= x" compares how many times
-// better than the peer the value is: peer / value where the ceiling is a floor or absent. Any other
-// text ends the program: a target that cannot be read is a mistake of the benchmark's.
+// Whether the row reaches its target; nullopt without one, or where a peer is asked for and the run
+// has none. "peer >= x" compares how many times better than the peer the value is: value / peer for
+// rates (units that end in "/s"), peer / value for all else. Any other text ends the program: a
+// target that cannot be read is a mistake of the benchmark's.
 std::optional<bool> Meets(const Row& row);
 
+// Figure of that name in the peers' file; nullopt without the file or the name. Another unit than
+// the one asked for ends the program.
+std::optional<double> PeerValue(const std::string& name, const std::string& unit);
+
 // Prints the row, and appends it to the file. The first call prints the table's head.
-void Report(const Row& row);
+void Report(Row row);
 
 }  // namespace dynsplit::bench

@@ -281,7 +281,16 @@ std::vector<BadCase> ShapeCases() {
        [](Script& s) { s.begin.set_max_chunk_bytes(100); }},
       {"HugeChunks", kInvalid, "max_chunk_bytes",
        [](Script& s) { s.begin.set_max_chunk_bytes(4 << 20); }},
-      {"TwoShards", kLacking, "SHARDS", [](Script& s) { s.begin.set_num_shards(2); }},
+      {"ShardsWithoutRequestId", kInvalid, "request_id",
+       [](Script& s) { s.begin.set_num_shards(2); }},
+      {"TooManyShards", kInvalid, "num_shards", [](Script& s) { s.begin.set_num_shards(17); }},
+      {"NegativeShard", kInvalid, "shard_index", [](Script& s) { s.begin.set_shard_index(-1); }},
+      {"LaterShardWithAShape", kInvalid, "shard_index",
+       [](Script& s) {
+         s.begin.set_request_id("later");
+         s.begin.set_num_shards(2);
+         s.begin.set_shard_index(1);
+       }},
       {"ShardOutOfRange", kInvalid, "shard_index", [](Script& s) { s.begin.set_shard_index(1); }},
       {"RequestTooLarge", Code::kResourceExhausted, "REQUEST_TOO_LARGE",
        [](Script& s) {

@@ -71,17 +71,27 @@ ServerConfig TestConfig() {
   return config;
 }
 
-TestServer::TestServer(ServerConfig config) : config_(std::move(config)) {
+std::vector<std::unique_ptr<Backend>> OneBackend(std::unique_ptr<Backend> backend) {
+  std::vector<std::unique_ptr<Backend>> backends;
+  backends.push_back(std::move(backend));
+  return backends;
+}
+
+TestServer::TestServer(ServerConfig config, std::vector<std::unique_ptr<Backend>> backends)
+    : config_(std::move(config)) {
   SetLogLevel(LogLevel::kError);
   std::string name = (std::filesystem::temp_directory_path() / "dynsplit-e2e-XXXXXX").string();
   if (mkdtemp(name.data()) != nullptr) directory_ = name;
   if (config_.unix_socket.empty()) config_.unix_socket = directory_ + "/server.sock";
-  auto backend = CreateCpuBackend({.num_threads = config_.threads, .memory_limit_bytes = 0});
-  if (!backend.ok()) {
-    ADD_FAILURE() << backend.status();
-    std::abort();
+  if (backends.empty()) {
+    auto backend = CreateCpuBackend({.num_threads = config_.threads, .memory_limit_bytes = 0});
+    if (!backend.ok()) {
+      ADD_FAILURE() << backend.status();
+      std::abort();
+    }
+    backends.push_back(*std::move(backend));
   }
-  auto server = rpc::Server::Start(config_, *std::move(backend), "test");
+  auto server = rpc::Server::Start(config_, std::move(backends), "test");
   if (!server.ok()) {
     ADD_FAILURE() << server.status();
     std::abort();
@@ -228,7 +238,10 @@ std::vector<v1::CompressRequest> Messages(const Script& script) {
       messages.push_back(ChunkOf(tensor, offset, size));
     }
   }
-  messages.emplace_back().mutable_end()->set_num_tensors(static_cast<int>(script.tensors.size()));
+  const auto sent =
+      std::count_if(script.tensors.begin(), script.tensors.end(),
+                    [](const Tensor& tensor) { return !tensor.descriptor.has_location(); });
+  messages.emplace_back().mutable_end()->set_num_tensors(static_cast<int>(sent));
   return messages;
 }
 

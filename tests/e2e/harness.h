@@ -35,9 +35,13 @@ bool Eventually(Condition condition) {
 // Small limits, two listeners.
 ServerConfig TestConfig();
 
+std::vector<std::unique_ptr<Backend>> OneBackend(std::unique_ptr<Backend> backend);
+
 class TestServer {
  public:
-  explicit TestServer(ServerConfig config = TestConfig());
+  // Without backends: one of the CPU, as the configuration says.
+  explicit TestServer(ServerConfig config = TestConfig(),
+                      std::vector<std::unique_ptr<Backend>> backends = {});
   ~TestServer();
 
   rpc::Server& server() { return *server_; }

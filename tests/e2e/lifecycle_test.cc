@@ -530,8 +530,9 @@ TEST(LifecycleTest, StartRefusesWhatIsTaken) {
   ServerConfig config = TestConfig();
   config.unix_socket = server.unix_socket();
   const auto start = [](const ServerConfig& options) {
-    auto backend = CreateCpuBackend({.num_threads = 1, .memory_limit_bytes = 0});
-    return rpc::Server::Start(options, *std::move(backend), "test").status();
+    std::vector<std::unique_ptr<Backend>> backends;
+    backends.push_back(*CreateCpuBackend({.num_threads = 1, .memory_limit_bytes = 0}));
+    return rpc::Server::Start(options, std::move(backends), "test").status();
   };
   EXPECT_TRUE(absl::IsUnavailable(start(config)));
   config.unix_socket.clear();

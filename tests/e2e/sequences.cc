@@ -151,8 +151,9 @@ ServerConfig SessionConfig() {
   return config;
 }
 
-SessionServer::SessionServer(const ServerConfig& config)
-    : server_(config), client_(AnotherClient()) {}
+SessionServer::SessionServer(const ServerConfig& config,
+                             std::vector<std::unique_ptr<Backend>> backends)
+    : server_(config, std::move(backends)), client_(AnotherClient()) {}
 
 std::unique_ptr<Client> SessionServer::AnotherClient() const {
   return *Client::Connect("unix:" + server_.unix_socket(), {.timeout = absl::Seconds(60)});

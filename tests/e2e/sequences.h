@@ -62,7 +62,8 @@ ServerConfig SessionConfig();
 // A server of its own for a test, and a client of it.
 class SessionServer {
  public:
-  explicit SessionServer(const ServerConfig& config = SessionConfig());
+  explicit SessionServer(const ServerConfig& config = SessionConfig(),
+                         std::vector<std::unique_ptr<Backend>> backends = {});
 
   TestServer& server() { return server_; }
   Client& client() { return *client_; }

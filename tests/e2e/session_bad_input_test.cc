@@ -564,7 +564,9 @@ std::vector<RegionCase> RegionCases() {
       {"NoSuchObject", kMissing, "dynsplit-nobody",
        [](R& r) { r.mutable_posix_shm()->set_key("dynsplit-nobody"); }},
       {"NoKind", kInvalid, "posix_shm", [](R& r) { r.clear_kind(); }},
-      {"MemFd", Code::kUnimplemented, "", [](R& r) { r.mutable_memfd(); }},
+      {"MemFdWithoutToken", kInvalid, "memfd.token", [](R& r) { r.mutable_memfd(); }},
+      {"MemFd", Code::kUnimplemented, "",
+       [](R& r) { r.mutable_memfd()->set_token(std::string(16, 't')); }},
       {"CudaIpc", Code::kUnimplemented, "",
        [](R& r) {
          r.mutable_cuda_ipc()->set_handle(std::string(64, 'h'));

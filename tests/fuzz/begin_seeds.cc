@@ -193,7 +193,7 @@ v1::Begin Keep() {
 absl::StatusOr<RequestSpec> ReadBegin(const v1::Begin& begin, Method method,
                                       const ProfileStore& profiles) {
   static Backend& backend = *CreateCpuBackend({.num_threads = 1})->release();
-  static const auto& regions = *new RegionStore({.allow_shm = true}, backend);
+  static const auto& regions = *new RegionStore({.allow_shm = true}, {&backend});
   static const auto& target = *new rpc::TargetSession([&profiles] {
     const auto opening = rpc::SpecFromBegin(OfSession(Method::kOpen), Method::kOpen,
                                             {.profiles = profiles, .regions = regions});

@@ -171,12 +171,12 @@ TEST(CudaBackendTest, BuffersOutliveStreamAndBackend) {
 absl::Status CopyByOperation(Backend& backend, const std::byte* from, std::byte* to,
                              int64_t size_bytes) {
   auto stream = backend.CreateStream().value();
-  GatherPagesParams params;
-  params.source = DenseView(from, DType::kBFloat16, size_bytes / 16, 1, 8);
-  params.num_kept = size_bytes / 16;
-  params.page_size = 1;
-  params.pages = to;
-  absl::Status status = backend.GatherPages(params, *stream);
+  GatherPagesItem item;
+  item.source = DenseView(from, DType::kBFloat16, size_bytes / 16, 1, 8);
+  item.num_kept = size_bytes / 16;
+  item.page_size = 1;
+  item.pages = to;
+  absl::Status status = backend.GatherPages({.items = {&item, 1}}, *stream);
   status.Update(stream->Synchronize());
   return status;
 }
@@ -324,12 +324,13 @@ TEST(CudaBackendTest, StreamsOfManyThreadsDoNotDisturbEachOther) {
         for (int32_t t = 0; t < num_tokens; ++t) kept_host.as<int32_t>()[t] = t;
         const Buffer kept = gpu->ToDevice(kept_host, *stream).value();
         Buffer pages = gpu->Allocate((num_tokens + 15) / 16 * 16 * 16, *stream).value();
-        GatherPagesParams params;
-        params.source = DenseView(device.data(), DType::kBFloat16, num_tokens, 1, 8);
-        params.kept = kept.as<int32_t>();
-        params.num_kept = num_tokens;
-        params.pages = pages.data();
-        if (!gpu->GatherPages(params, *stream).ok()) ++mismatches[static_cast<size_t>(thread)];
+        GatherPagesItem item;
+        item.source = DenseView(device.data(), DType::kBFloat16, num_tokens, 1, 8);
+        item.kept = kept.as<int32_t>();
+        item.num_kept = num_tokens;
+        item.pages = pages.data();
+        if (!gpu->GatherPages({.items = {&item, 1}}, *stream).ok())
+          ++mismatches[static_cast<size_t>(thread)];
         const Buffer back = gpu->ToHost(std::move(pages), *stream).value();
         if (!stream->Synchronize().ok() ||
             std::memcmp(back.data(), host.data(), static_cast<size_t>(num_tokens * 16)) != 0) {

@@ -11,6 +11,7 @@
 #include "cuda/column_softmax.h"
 #include "cuda/device_memory.h"
 #include "cuda/score_blocks.h"
+#include "cuda/segment_tokens.h"
 #include "cuda/select_blocks.h"
 
 namespace dynsplit {
@@ -25,6 +26,7 @@ using kernels::ScoreScratch;
 using kernels::ScoreScratchOf;
 using kernels::ScoreShape;
 using kernels::SelectRunBlocks;
+using kernels::SelectTeamSize;
 using kernels::SimtConfig;
 using kernels::UsesScoreTiles;
 
@@ -160,14 +162,49 @@ TEST(ScoreConfigTest, BatchesTakeAllItemsWithinTheirLimits) {
 }
 
 TEST(SelectConfigTest, RunsCoverBlocksWithAWarpEach) {
-  for (int64_t num_blocks : {0, 1, 31, 32, 33, 9362, 32 * 1024, 32 * 1024 + 1, 1 << 30}) {
-    const int64_t run_blocks = SelectRunBlocks(num_blocks);
-    EXPECT_GE(run_blocks, 32);
-    EXPECT_EQ(run_blocks % 32, 0);
-    EXPECT_LE((num_blocks + run_blocks - 1) / run_blocks, kernels::kSelectThreads / 32);
+  for (int team_size : {1, 2, 8}) {
+    for (int64_t num_blocks : {0, 1, 31, 32, 33, 9362, 32 * 1024, 32 * 1024 + 1, 1 << 30}) {
+      const int64_t run_blocks = SelectRunBlocks(num_blocks, team_size);
+      EXPECT_GE(run_blocks, 32);
+      EXPECT_EQ(run_blocks % 32, 0);
+      EXPECT_LE((num_blocks + run_blocks - 1) / run_blocks,
+                team_size * kernels::kSelectThreads / 32);
+    }
   }
-  EXPECT_EQ(SelectRunBlocks(1024), 32);
-  EXPECT_EQ(SelectRunBlocks(1024 + 1), 64);
+  EXPECT_EQ(SelectRunBlocks(1024, 1), 32);
+  EXPECT_EQ(SelectRunBlocks(1024 + 1, 1), 64);
+  EXPECT_EQ(SelectRunBlocks(1024 + 1, 2), 32);
+}
+
+TEST(SelectConfigTest, TeamsRunAtOnceAndHaveWork) {
+  EXPECT_EQ(SelectTeamSize(9362, 8, 132, 8), 8);
+  EXPECT_EQ(SelectTeamSize(9362, 8, 132, 1), 1);  // no clusters
+  EXPECT_EQ(SelectTeamSize(9362, 128, 132, 8), 1);
+  EXPECT_EQ(SelectTeamSize(1024, 1, 132, 8), 1);
+  EXPECT_EQ(SelectTeamSize(1025, 1, 132, 8), 2);
+  for (int64_t num_teams : {1, 3, 8, 33, 64, 1000}) {
+    for (int64_t num_blocks : {0, 1, 5000, 1 << 20}) {
+      const int size = SelectTeamSize(num_blocks, num_teams, 132, 8);
+      EXPECT_TRUE(size == 1 || size * num_teams <= 132);
+      EXPECT_EQ(size & (size - 1), 0);
+      EXPECT_LE(size, 8);
+    }
+  }
+}
+
+TEST(SegmentConfigTest, ChunksHoldTheLongestBlockAndTheLastPosition) {
+  for (int32_t lookahead : {1, 20, 1023, 1024, 1025, 8191}) {
+    for (int64_t num_tokens : {1, 1023, 1024, 1'000'000, 2'147'483'647}) {
+      const kernels::SegmentShape shape = kernels::SegmentShapeOf(num_tokens, lookahead);
+      EXPECT_GE(shape.chunk_tokens, lookahead);
+      EXPECT_EQ(shape.chunk_tokens % kernels::kSegmentChunkTokens, 0);
+      EXPECT_GT(int64_t{shape.num_chunks} * shape.chunk_tokens, num_tokens);
+      EXPECT_LE(int64_t{shape.num_chunks - 1} * shape.chunk_tokens, num_tokens);
+      EXPECT_GE(shape.num_spans * kernels::kSegmentSpanChunks, shape.num_chunks);
+      EXPECT_LE(shape.ChunkSharedBytes(lookahead / 2), 163 * 1024);  // compute capability 8.0
+      EXPECT_LE(shape.EmitSharedBytes(), 48 * 1024);
+    }
+  }
 }
 
 TEST(PinnedCacheTest, ClassesAreAtMostAQuarterLarger) {

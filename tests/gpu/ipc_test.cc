@@ -221,12 +221,12 @@ TEST(CudaIpcTest, BadHandlesLeaveTheBackendHealthy) {
   const Buffer copy = gpu->AllocateResident(kMiB, Residence::kDevice).value();
   WriteDevice(*gpu, rows.data(), Pattern(kMiB, 3));
   auto stream = gpu->CreateStream().value();
-  GatherPagesParams params;
-  params.source = DenseView(rows.data(), DType::kBFloat16, kMiB / 16, 1, 8);
-  params.num_kept = kMiB / 16;
-  params.page_size = 1;
-  params.pages = copy.data();
-  EXPECT_TRUE(gpu->GatherPages(params, *stream).ok());
+  GatherPagesItem item;
+  item.source = DenseView(rows.data(), DType::kBFloat16, kMiB / 16, 1, 8);
+  item.num_kept = kMiB / 16;
+  item.page_size = 1;
+  item.pages = copy.data();
+  EXPECT_TRUE(gpu->GatherPages({.items = {&item, 1}}, *stream).ok());
   EXPECT_TRUE(stream->Synchronize().ok());
   EXPECT_EQ(ReadDevice(*gpu, copy.data(), kMiB), Pattern(kMiB, 3));
 }

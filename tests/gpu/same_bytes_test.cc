@@ -130,24 +130,24 @@ std::vector<Bytes> GatherPages(Backend& backend, const Inputs& in) {
   const ParityShape& shape = in.shape;
   DeviceSession session(backend);
   const bool rotated = shape.rotary_dim > 0;
-  GatherPagesParams params;
-  params.source = session.Upload(in.keys);
-  params.kept = session.Upload(in.kept.tokens);
-  params.groups = in.kept.groups;
-  params.num_kept = in.kept.num_kept;
-  params.page_size = shape.page_size;
-  params.format = shape.format;
-  params.scale_granularity = shape.granularity;
-  params.out_dtype = OutputDType(shape.dtype, shape.format, rotated);
-  if (rotated) params.rotation = session.Upload(in.rotation);
-  const int64_t rows = (params.num_kept + shape.page_size - 1) / shape.page_size * shape.page_size *
+  GatherPagesItem item;
+  item.source = session.Upload(in.keys);
+  item.kept = session.Upload(in.kept.tokens);
+  item.groups = in.kept.groups;
+  item.num_kept = in.kept.num_kept;
+  item.page_size = shape.page_size;
+  item.format = shape.format;
+  item.scale_granularity = shape.granularity;
+  item.out_dtype = OutputDType(shape.dtype, shape.format, rotated);
+  if (rotated) item.rotation = session.Upload(in.rotation);
+  const int64_t rows = (item.num_kept + shape.page_size - 1) / shape.page_size * shape.page_size *
                        shape.num_kv_heads;
   Output<std::byte> pages =
-      session.Poisoned<std::byte>(rows * shape.head_dim * DTypeBytes(params.out_dtype));
+      session.Poisoned<std::byte>(rows * shape.head_dim * DTypeBytes(item.out_dtype));
   Output<std::byte> scales = session.Poisoned<std::byte>(rows * 4);
-  params.pages = pages.device.data();
-  params.scales = IsQuantized(params.out_dtype) ? scales.device.as<float>() : nullptr;
-  EXPECT_TRUE(backend.GatherPages(params, session.stream()).ok());
+  item.pages = pages.device.data();
+  item.scales = IsQuantized(item.out_dtype) ? scales.device.as<float>() : nullptr;
+  EXPECT_TRUE(backend.GatherPages({.items = {&item, 1}}, session.stream()).ok());
   std::vector<Bytes> results;
   results.push_back(session.Read(std::move(pages)));
   results.push_back(session.Read(std::move(scales)));

@@ -41,7 +41,7 @@ int64_t BytesInUse(const Backend& backend, Residence residence) {
 }
 
 // All tokens of `from`, head-major and without padding, at `to`; quantised types with their scales.
-GatherPagesParams HeadMajorCopy(const TensorView& from, std::byte* to, float* scales) {
+GatherPagesItem HeadMajorCopy(const TensorView& from, std::byte* to, float* scales) {
   const int64_t row_bytes = from.head_dim * DTypeBytes(from.dtype);
   return {.source = from,
           .num_kept = from.num_tokens,
@@ -87,17 +87,13 @@ void CheckResidentMemory(Backend& backend, const ParityShape& shape) {
     auto resident = backend.AllocateResident(num_rows * row_bytes, residence);
     ASSERT_TRUE(resident.ok()) << resident.status();
     ASSERT_EQ(reinterpret_cast<uintptr_t>(resident->data()) % 256, 0U);
-    ASSERT_TRUE(
-        backend
-            .GatherPages(HeadMajorCopy(device, resident->data(), scales.data()), session.stream())
-            .ok());
+    const GatherPagesItem store = HeadMajorCopy(device, resident->data(), scales.data());
+    ASSERT_TRUE(backend.GatherPages({.items = {&store, 1}}, session.stream()).ok());
     // Operations read it where it lies; read back, it is what was written.
     auto again = session.Poisoned<std::byte>(num_rows * row_bytes);
     const TensorView view = HeadMajorView(device, resident->data(), scales.data());
-    ASSERT_TRUE(
-        backend
-            .GatherPages(HeadMajorCopy(view, again.data(), scales_again.data()), session.stream())
-            .ok());
+    const GatherPagesItem load = HeadMajorCopy(view, again.data(), scales_again.data());
+    ASSERT_TRUE(backend.GatherPages({.items = {&load, 1}}, session.stream()).ok());
     ExpectSameBits(session.Read(std::move(again)), expected, "rows");  // waits
     if (residence == Residence::kHost) {
       EXPECT_EQ(std::memcmp(resident->data(), expected.data(), expected.size()), 0);

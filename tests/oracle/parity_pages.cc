@@ -3,10 +3,13 @@
 // Parity of GatherPages and CheckFinite: bytes are equal, not close.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "tests/oracle/device_session.h"
 #include "tests/oracle/numbers.h"
@@ -26,35 +29,94 @@ struct GatherCase {
   bool interleaved = false;
 };
 
+// One item, with what it must give.
+class GatherJob {
+ public:
+  // Takes the first `num_kept` of each of the kept sets.
+  GatherJob(DeviceSession& session, const ParityShape& shape, const HostTensor& source,
+            const GatherCase& test, const KeptSets& kept, int64_t num_kept) {
+    std::vector<int32_t> tokens;
+    for (int32_t g = 0; g < kept.groups; ++g) {
+      const auto first = kept.tokens.begin() + g * kept.num_kept;
+      tokens.insert(tokens.end(), first, first + num_kept);
+    }
+    const HostRotation rotation = MakeRotation(shape.num_tokens, test.rotary_dim, test.interleaved);
+    item_ = {.source = source.view(),
+             .kept = tokens.data(),
+             .groups = kept.groups,
+             .num_kept = num_kept,
+             .page_size = shape.page_size,
+             .format = test.format,
+             .scale_granularity = test.granularity,
+             .out_dtype = EncodedType(shape.dtype, test.format, test.rotary_dim > 0),
+             .rotation = rotation.table()};
+    expected_ = GatherPages(item_);
+    item_.source = session.Upload(source);
+    item_.kept = session.Upload(tokens);
+    if (test.rotary_dim > 0) item_.rotation = session.Upload(rotation);
+    pages_ = session.Poisoned<std::byte>(static_cast<int64_t>(expected_.bytes.size()));
+    scales_ = session.Poisoned<float>(static_cast<int64_t>(expected_.scales.size()));
+    item_.pages = pages_.data();
+    item_.scales = expected_.scales.empty() ? nullptr : scales_.data();
+  }
+
+  const GatherPagesItem& item() const { return item_; }
+  void Check(DeviceSession& session) {
+    ExpectSameBits(session.Read(std::move(scales_)), expected_.scales, "scales");
+    ExpectSameBits(session.Read(std::move(pages_)), expected_.bytes, "page bytes");
+  }
+
+ private:
+  GatherPagesItem item_;
+  Pages expected_;
+  Output<std::byte> pages_;
+  Output<float> scales_;
+};
+
 void CheckGather(Backend& backend, const ParityShape& shape, const HostTensor& source,
                  const GatherCase& test) {
   SCOPED_TRACE("format " + std::to_string(static_cast<int>(test.format)) + ", granularity " +
                std::to_string(static_cast<int>(test.granularity)) + ", rotary " +
                std::to_string(test.rotary_dim) + (test.interleaved ? " interleaved" : ""));
   const KeptSets kept = RandomKept(shape, 32);
-  const HostRotation rotation = MakeRotation(shape.num_tokens, test.rotary_dim, test.interleaved);
-  GatherPagesParams params{.source = source.view(),
-                           .kept = kept.tokens.data(),
-                           .groups = kept.groups,
-                           .num_kept = kept.num_kept,
-                           .page_size = shape.page_size,
-                           .format = test.format,
-                           .scale_granularity = test.granularity,
-                           .out_dtype = EncodedType(shape.dtype, test.format, test.rotary_dim > 0),
-                           .rotation = rotation.table()};
-  const Pages expected = GatherPages(params);
   DeviceSession session(backend);
-  params.source = session.Upload(source);
-  params.kept = session.Upload(kept.tokens);
-  if (test.rotary_dim > 0) params.rotation = session.Upload(rotation);
-  Output<std::byte> pages =
-      session.Poisoned<std::byte>(static_cast<int64_t>(expected.bytes.size()));
-  Output<float> scales = session.Poisoned<float>(static_cast<int64_t>(expected.scales.size()));
-  params.pages = pages.data();
-  params.scales = expected.scales.empty() ? nullptr : scales.data();
-  ASSERT_TRUE(backend.GatherPages(params, session.stream()).ok());
-  ExpectSameBits(session.Read(std::move(scales)), expected.scales, "scales");
-  ExpectSameBits(session.Read(std::move(pages)), expected.bytes, "page bytes");
+  GatherJob job(session, shape, source, test, kept, kept.num_kept);
+  ASSERT_TRUE(backend.GatherPages({.items = {&job.item(), 1}}, session.stream()).ok());
+  job.Check(session);
+}
+
+// K and V in one call; where it does not take long, with so many items of all kinds and sizes that
+// they do not go into one launch.
+void CheckGatherBatch(Backend& backend, const ParityShape& shape, const HostTensor& keys) {
+  const HostTensor values = HostTensor::Cache(shape, 35);
+  const KeptSets kept = RandomKept(shape, 36);
+  DeviceSession session(backend);
+  std::vector<GatherJob> jobs;
+  jobs.emplace_back(
+      session, shape, keys,
+      GatherCase{shape.format, shape.granularity, shape.rotary_dim, shape.interleaved}, kept,
+      kept.num_kept);
+  jobs.emplace_back(session, shape, values, GatherCase{shape.format, shape.granularity}, kept,
+                    kept.num_kept);
+  if (shape.small()) {
+    for (Format format : {Format::kAsIs, Format::kFloat8E4M3, Format::kInt8}) {
+      for (auto granularity : {ScaleGranularity::kHead, ScaleGranularity::kTokenHead}) {
+        for (const int64_t num_kept : {kept.num_kept, int64_t{0}, int64_t{1}, kept.num_kept / 2}) {
+          for (const HostTensor* source : {&keys, &values}) {
+            jobs.emplace_back(session, shape, *source, GatherCase{format, granularity}, kept,
+                              num_kept);
+          }
+        }
+      }
+    }
+  }
+  std::vector<GatherPagesItem> items;
+  for (const GatherJob& job : jobs) items.push_back(job.item());
+  ASSERT_TRUE(backend.GatherPages({.items = items}, session.stream()).ok());
+  for (size_t i = 0; i < jobs.size(); ++i) {
+    SCOPED_TRACE("item " + std::to_string(i));
+    jobs[i].Check(session);
+  }
 }
 
 // Head-major rows with spare ones between heads, from the second slot on: [Hkv, capacity, D] and
@@ -65,20 +127,20 @@ void CheckStridedGather(Backend& backend, const ParityShape& shape, const HostTe
                ", granularity " + std::to_string(static_cast<int>(test.granularity)) +
                ", pages of " + std::to_string(page_size) + (all_tokens ? ", all tokens" : ""));
   const KeptSets kept = RandomKept(shape, 34);
-  GatherPagesParams params{.source = source.view(),
-                           .kept = all_tokens ? nullptr : kept.tokens.data(),
-                           .groups = all_tokens ? 1 : kept.groups,
-                           .num_kept = all_tokens ? shape.num_tokens : kept.num_kept,
-                           .page_size = page_size,
-                           .format = test.format,
-                           .scale_granularity = test.granularity,
-                           .out_dtype = EncodedType(shape.dtype, test.format, false),
-                           .rotation = {}};
-  const Pages dense = GatherPages(params);
+  GatherPagesItem item{.source = source.view(),
+                       .kept = all_tokens ? nullptr : kept.tokens.data(),
+                       .groups = all_tokens ? 1 : kept.groups,
+                       .num_kept = all_tokens ? shape.num_tokens : kept.num_kept,
+                       .page_size = page_size,
+                       .format = test.format,
+                       .scale_granularity = test.granularity,
+                       .out_dtype = EncodedType(shape.dtype, test.format, false),
+                       .rotation = {}};
+  const Pages dense = GatherPages(item);
   const int32_t heads = shape.num_kv_heads;
-  const int64_t num_slots = (params.num_kept + page_size - 1) / page_size * page_size;
+  const int64_t num_slots = (item.num_kept + page_size - 1) / page_size * page_size;
   const int64_t capacity = num_slots + 3;
-  const int64_t row_bytes = shape.head_dim * DTypeBytes(params.out_dtype);
+  const int64_t row_bytes = shape.head_dim * DTypeBytes(item.out_dtype);
   const bool scales_per_token = static_cast<int64_t>(dense.scales.size()) == num_slots * heads &&
                                 (num_slots > 1 || test.granularity == ScaleGranularity::kTokenHead);
   std::vector<std::byte> rows(static_cast<size_t>(heads * capacity * row_bytes), kPoison);
@@ -98,16 +160,16 @@ void CheckStridedGather(Backend& backend, const ParityShape& shape, const HostTe
     }
   }
   DeviceSession session(backend);
-  params.source = session.Upload(source);
-  if (!all_tokens) params.kept = session.Upload(kept.tokens);
+  item.source = session.Upload(source);
+  if (!all_tokens) item.kept = session.Upload(kept.tokens);
   auto out_rows = session.Poisoned<std::byte>(static_cast<int64_t>(rows.size()));
   auto out_scales = session.Poisoned<float>(static_cast<int64_t>(scales.size()));
-  params.pages = out_rows.data() + row_bytes;
-  if (!scales.empty()) params.scales = out_scales.data() + (scales_per_token ? 1 : 0);
-  params.slot_stride_bytes = row_bytes;
-  params.head_stride_bytes = capacity * row_bytes;
-  params.scale_head_stride = capacity;
-  const absl::Status status = backend.GatherPages(params, session.stream());
+  item.pages = out_rows.data() + row_bytes;
+  if (!scales.empty()) item.scales = out_scales.data() + (scales_per_token ? 1 : 0);
+  item.slot_stride_bytes = row_bytes;
+  item.head_stride_bytes = capacity * row_bytes;
+  item.scale_head_stride = capacity;
+  const absl::Status status = backend.GatherPages({.items = {&item, 1}}, session.stream());
   ASSERT_TRUE(status.ok()) << status;
   ExpectSameBits(session.Read(std::move(out_scales)), scales, "scales");
   ExpectSameBits(session.Read(std::move(out_rows)), rows, "rows");
@@ -116,10 +178,42 @@ void CheckStridedGather(Backend& backend, const ParityShape& shape, const HostTe
 int32_t RunCheckFinite(Backend& backend, const HostTensor& tensor) {
   DeviceSession session(backend);
   Output<int32_t> first = session.Poisoned<int32_t>(1);
-  const CheckFiniteParams params{.tensor = session.Upload(tensor), .first_bad_token = first.data()};
-  EXPECT_TRUE(backend.CheckFinite(params, session.stream()).ok());
+  const CheckFiniteItem item{.tensor = session.Upload(tensor), .first_bad_token = first.data()};
+  EXPECT_TRUE(backend.CheckFinite({.items = {&item, 1}}, session.stream()).ok());
   EXPECT_EQ(session.Read(std::move(first))[0], CheckFinite({.tensor = tensor.view()}));
   return CheckFinite({.tensor = tensor.view()});
+}
+
+// Tensors of one call, more than fit into a launch; only some of them bad.
+void CheckFiniteBatch(Backend& backend, const ParityShape& shape, const HostTensor& finite) {
+  HostTensor bad = finite;
+  if (IsQuantized(shape.dtype))
+    bad.SetScale(shape.num_tokens - 1, 0, 1e37F);  // some codes overflow
+  if (shape.dtype != DType::kInt8) {
+    bad.Set(shape.num_tokens / 2, shape.num_kv_heads - 1, 0,
+            std::numeric_limits<float>::quiet_NaN());
+  }
+  const HostTensor queries = HostTensor::Queries(shape, 42);
+  DeviceSession session(backend);
+  const int32_t rounds = shape.small() ? 20 : 1;
+  std::vector<CheckFiniteItem> items;
+  std::vector<int32_t> expected;
+  Output<int32_t> found = session.Poisoned<int32_t>(3 * rounds);
+  const std::array<const HostTensor*, 3> tensors = {&finite, &bad, &queries};
+  std::array<TensorView, 3> views;
+  std::array<int32_t, 3> firsts{};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    views[i] = session.Upload(*tensors[i]);
+    firsts[i] = CheckFinite({.tensor = tensors[i]->view()});
+  }
+  for (int32_t round = 0; round < rounds; ++round) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      items.push_back({.tensor = views[i], .first_bad_token = found.data() + expected.size()});
+      expected.push_back(firsts[i]);
+    }
+  }
+  ASSERT_TRUE(backend.CheckFinite({.items = items}, session.stream()).ok());
+  EXPECT_EQ(session.Read(std::move(found)), expected);
 }
 
 }  // namespace
@@ -131,6 +225,7 @@ void CheckGatherPages(Backend& backend, const ParityShape& shape) {
   }
   CheckGather(backend, shape, source,
               {shape.format, shape.granularity, shape.rotary_dim, shape.interleaved});
+  CheckGatherBatch(backend, shape, source);
   CheckStridedGather(backend, shape, source, {shape.format, ScaleGranularity::kTokenHead},
                      /*all_tokens=*/true, /*page_size=*/1);
   if (!shape.small() || testing::Test::HasFatalFailure()) return;
@@ -170,6 +265,7 @@ void CheckGatherPages(Backend& backend, const ParityShape& shape) {
 void CheckCheckFinite(Backend& backend, const ParityShape& shape) {
   const HostTensor finite = HostTensor::Cache(shape, 41);
   ASSERT_EQ(RunCheckFinite(backend, finite), shape.num_tokens);
+  CheckFiniteBatch(backend, shape, finite);
   const float infinity = std::numeric_limits<float>::infinity();
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const int64_t last = shape.num_tokens - 1;
@@ -218,9 +314,8 @@ void CheckBeyondTwoGibiElements(Backend& backend) {
                   .scales = session.Upload(scales)};
 
   Output<int32_t> first_bad = session.Poisoned<int32_t>(1);
-  ASSERT_TRUE(
-      backend.CheckFinite({.tensor = view, .first_bad_token = first_bad.data()}, session.stream())
-          .ok());
+  const CheckFiniteItem check{.tensor = view, .first_bad_token = first_bad.data()};
+  ASSERT_TRUE(backend.CheckFinite({.items = {&check, 1}}, session.stream()).ok());
   EXPECT_EQ(session.Read(std::move(first_bad))[0], kTokens);
 
   // Blocks: a short one at each end, the middle in long ones.
@@ -262,17 +357,15 @@ void CheckBeyondTwoGibiElements(Backend& backend) {
   for (size_t i = 0; i < kept.size(); ++i) kept[i] = static_cast<int32_t>(i);
   Buffer pages = backend.Allocate(kBytes, session.stream()).value();
   Output<float> out_scales = session.Poisoned<float>(kHeads);
-  ASSERT_TRUE(backend
-                  .GatherPages({.source = view,
-                                .kept = session.Upload(kept),
-                                .num_kept = kTokens,
-                                .page_size = 128,
-                                .out_dtype = DType::kInt8,
-                                .rotation = {},
-                                .pages = pages.data(),
-                                .scales = out_scales.data()},
-                               session.stream())
-                  .ok());
+  const GatherPagesItem gather{.source = view,
+                               .kept = session.Upload(kept),
+                               .num_kept = kTokens,
+                               .page_size = 128,
+                               .out_dtype = DType::kInt8,
+                               .rotation = {},
+                               .pages = pages.data(),
+                               .scales = out_scales.data()};
+  ASSERT_TRUE(backend.GatherPages({.items = {&gather, 1}}, session.stream()).ok());
   EXPECT_EQ(session.Read(std::move(out_scales)), scales);
   Buffer out = backend.ToHost(std::move(pages), session.stream()).value();
   ASSERT_TRUE(session.stream().Synchronize().ok());

@@ -154,4 +154,32 @@ void CheckReduceBlocks(Backend& backend, const ParityShape& shape) {
   }
 }
 
+// Blocks longer than what is held of a row at a time, next to one-token blocks; rows of odd length.
+void CheckReduceLong(Backend& backend) {
+  constexpr int64_t kTokens = 20011;
+  constexpr int32_t kRows = 3;
+  const std::vector<float> scores = RandomScores(kRows * kTokens, 8);
+  std::vector<std::vector<int32_t>> cases = {{0, kTokens}, {0, 1, kTokens - 1, kTokens}, {}};
+  for (int32_t t = 0; t <= 300; ++t) cases[2].push_back(t);
+  for (int32_t t : {4396, 4397, 12600, static_cast<int32_t>(kTokens)}) cases[2].push_back(t);
+  for (const std::vector<int32_t>& starts : cases) {
+    DeviceSession session(backend);
+    ReduceBlocksParams host{.token_scores = scores.data(),
+                            .rows = kRows,
+                            .num_tokens = kTokens,
+                            .block_starts = starts.data(),
+                            .num_blocks = static_cast<int64_t>(starts.size()) - 1};
+    ReduceBlocksParams device = host;
+    device.token_scores = session.Upload(scores);
+    device.block_starts = session.Upload(starts);
+    for (Reduction reduction : {Reduction::kMean, Reduction::kSum, Reduction::kMax}) {
+      host.reduction = device.reduction = reduction;
+      Output<float> out = session.Poisoned<float>(host.rows * host.num_blocks);
+      device.block_scores = out.data();
+      ASSERT_TRUE(backend.ReduceBlocks(device, session.stream()).ok());
+      ExpectEqual(session.Read(std::move(out)), ReduceBlocks(host), "block scores");
+    }
+  }
+}
+
 }  // namespace dynsplit::oracle

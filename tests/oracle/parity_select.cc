@@ -268,6 +268,64 @@ void CheckSelectTokens(Backend& backend, const ParityShape& shape) {
   CheckAllBudgets(backend, RandomCase(shape));
 }
 
+// As many blocks, groups and tokens of a block as change how a device goes about it.
+void CheckSelectLarge(Backend& backend) {
+  struct LargeCase {
+    int64_t num_tokens;
+    int32_t min_block, max_block, groups;
+  };
+  constexpr LargeCase kCases[] = {{131072, 8, 20, 8},
+                                  {131072, 1, 1, 1},
+                                  {150001, 1, 1, 1},
+                                  {140003, 1, 3, 1},
+                                  {3000, 1, 1, 64},
+                                  {33000, 1, 1, 2},
+                                  {150000, 1 << 18, 1 << 18, 2},
+                                  {5000, 1, 9, 130},
+                                  {131073, 65536, 65536, 2}};
+  for (const LargeCase& large : kCases) {
+    SelectionCase test = RandomCase({.name = "large",
+                                     .num_tokens = large.num_tokens,
+                                     .num_query_heads = large.groups,
+                                     .num_kv_heads = large.groups,
+                                     .num_queries = 67,
+                                     .min_block = large.min_block,
+                                     .max_block = large.max_block,
+                                     .kept_per_head = true});
+    Random random(26);
+    for (int64_t t = 0; t < large.num_tokens; t += random.Between(1, 4000)) {
+      test.protected_tokens[static_cast<size_t>(t)] = 1;
+    }
+    const auto num_blocks = static_cast<int64_t>(test.starts.size()) - 1;
+    const std::vector<float> ties = test.block_scores;
+    for (const char* scores : {"ties", "distinct", "equal", "extreme"}) {
+      test.name = std::to_string(num_blocks) + " blocks, " + scores;
+      for (size_t i = 0; i < ties.size(); ++i) {
+        const auto normal = static_cast<float>(random.Uniform()) - 0.5F;
+        const bool is_ties = std::string(scores) == "ties";
+        const bool is_distinct = std::string(scores) == "distinct";
+        const bool is_equal = std::string(scores) == "equal";
+        test.block_scores[i] = is_ties       ? ties[i]
+                               : is_distinct ? normal
+                               : is_equal    ? -0.0F
+                               : i % 3 == 0  ? kNan
+                               : i % 3 == 1  ? std::numeric_limits<float>::max()
+                                             : normal;
+      }
+      const int64_t least = test.num_protected();
+      test.num_whole_blocks = 0;
+      for (int64_t kept : {(4 * least + large.num_tokens) / 5, large.num_tokens - 1}) {
+        test.num_kept = std::clamp(kept, least, large.num_tokens);
+        CheckCase(backend, test);
+      }
+      test.num_kept = 0;
+      test.num_whole_blocks = (num_blocks + 4) / 5;
+      CheckCase(backend, test);
+      if (testing::Test::HasFatalFailure()) return;
+    }
+  }
+}
+
 void CheckSelectAdversarial(Backend& backend, const ParityShape& shape) {
   if (shape.num_tokens > 4096) GTEST_SKIP() << "small shapes only";
   const SelectionCase base = RandomCase(shape);

@@ -48,6 +48,7 @@ constexpr NamedCheck kChecks[] = {
     {"GatherPages", CheckGatherPages},
     {"MeasureAttention", CheckMeasureAttention},
     {"MeasureSpans", CheckMeasureSpans},
+    {"SegmentTokens", CheckSegmentTokens},
     {"CheckFinite", CheckCheckFinite},
 };
 
@@ -59,6 +60,9 @@ struct NamedBackendCheck {
 constexpr NamedBackendCheck kBackendChecks[] = {
     {"Copies", CheckCopies},
     {"ResidentLimits", CheckResidentLimits},
+    {"SelectLarge", CheckSelectLarge},
+    {"ReduceLong", CheckReduceLong},
+    {"SegmentLengths", CheckSegmentLengths},
 };
 
 void Register(const std::string& suite, const std::string& name, const BackendFactory& backend,

@@ -44,11 +44,15 @@ void CheckRefreshRows(Backend& backend, const ParityShape& shape);
 void CheckGatherPages(Backend& backend, const ParityShape& shape);
 void CheckMeasureAttention(Backend& backend, const ParityShape& shape);
 void CheckMeasureSpans(Backend& backend, const ParityShape& shape);
+void CheckSegmentTokens(Backend& backend, const ParityShape& shape);
 void CheckCheckFinite(Backend& backend, const ParityShape& shape);
 void CheckResidentMemory(Backend& backend, const ParityShape& shape);
 // Without a shape: "<prefix>Parity.<Name>".
 void CheckCopies(Backend& backend);
 void CheckResidentLimits(Backend& backend);
+void CheckSelectLarge(Backend& backend);
+void CheckReduceLong(Backend& backend);
+void CheckSegmentLengths(Backend& backend);
 
 // GatherPages, CheckFinite and SummarizeBlocks on more than 2^31 elements (needs 5 GiB). Byte
 // offsets and element counts that are 32 bits wide anywhere fail here.

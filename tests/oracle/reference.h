@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "server/pipeline/backend.h"
+#include "server/pipeline/segmentation.h"
 
 namespace dynsplit::oracle {
 
@@ -42,6 +43,8 @@ struct Selection {
 };
 Selection SelectTokens(const SelectTokensParams& params);
 
+Segmentation SegmentTokens(const SegmentTokensParams& params);
+
 std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups);  // [groups, n]
 
 // Both in the fp32 logits' reach; output [Hq, D], lse [Hq].
@@ -57,14 +60,14 @@ struct Pages {
   std::vector<std::byte> bytes;  // [num_pages, page_size, Hkv, D]
   std::vector<float> scales;     // empty, [Hkv] or [num_pages, page_size, Hkv]
 };
-Pages GatherPages(const GatherPagesParams& params);
+Pages GatherPages(const GatherPagesItem& item);
 
 struct AttentionLoss {
   std::vector<double> mass, err_sq, ref_sq;  // [Hq]; the last two empty without values
 };
 AttentionLoss MeasureAttention(const MeasureAttentionParams& params);
 std::vector<double> MeasureSpans(const MeasureSpansParams& params);  // [N, 3]
-int32_t CheckFinite(const CheckFiniteParams& params);
+int32_t CheckFinite(const CheckFiniteItem& item);
 
 // Turns channels [0, rotary_dim) of `row` by -delta positions, in fp32 with one rounding for each
 // product and sum.

@@ -130,7 +130,7 @@ void TurnBack(const RotationTable& rotation, int64_t delta, std::vector<float>& 
   }
 }
 
-Pages GatherPages(const GatherPagesParams& p) {
+Pages GatherPages(const GatherPagesItem& p) {
   const TensorView& source = p.source;
   const bool rotated = p.rotation.rotary_dim > 0;
   const bool encoded = p.format != EncodingPolicy::Format::kAsIs;
@@ -224,8 +224,8 @@ void RefreshRows(const RefreshRowsItem& item, int32_t groups, int64_t num_rows) 
   }
 }
 
-int32_t CheckFinite(const CheckFiniteParams& params) {
-  const TensorView& view = params.tensor;
+int32_t CheckFinite(const CheckFiniteItem& item) {
+  const TensorView& view = item.tensor;
   for (int64_t t = 0; t < view.num_tokens; ++t) {
     for (int32_t h = 0; h < view.num_heads; ++h) {
       for (int32_t c = 0; c < view.head_dim; ++c) {

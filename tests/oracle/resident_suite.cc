@@ -433,8 +433,12 @@ void RowsFollowTheSelection(Backend& backend, const Kind& kind) {
     Pending pending = MakeStep(*sequence, text, kRows, device);
     Output<int32_t> moved = device.Poisoned<int32_t>(int64_t{kNumLayers} * kNumKvHeads);
     ASSERT_TRUE(SelectSteps({&pending.step, 1}, backend, device.stream()).ok());
-    const absl::Status status =
-        RefreshSlots(pending.step, slots, rows, nullptr, moved.data(), backend, device.stream());
+    const SlotRefresh refresh[] = {{.step = &pending.step,
+                                    .slots = &slots,
+                                    .rows = rows,
+                                    .moved_slots = nullptr,
+                                    .num_moved = moved.data()}};
+    const absl::Status status = RefreshSlots(refresh, backend, device.stream());
     ASSERT_TRUE(status.ok()) << status;
     const std::vector<int32_t> counts = device.Read(std::move(moved));
     const Selection selection = Finish(std::move(pending), device);

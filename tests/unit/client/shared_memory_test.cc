@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <string>
 
 namespace dynsplit {
@@ -52,6 +53,21 @@ TEST(SharedMemoryTest, NamesDifferAndFit) {
 TEST(SharedMemoryTest, ImpossibleSizesAreRefused) {
   EXPECT_TRUE(absl::IsInvalidArgument(SharedMemory::Create(0).status()));
   EXPECT_TRUE(absl::IsResourceExhausted(SharedMemory::Create(size_t{1} << 50).status()));
+}
+
+TEST(SharedMemoryTest, PlacedBytesLieWithinTheRegion) {
+  const std::array<std::byte, 100> region{};
+  v1::TensorDescriptor tensor;
+  tensor.set_byte_size(10);
+  EXPECT_TRUE(PlacedBytes(tensor, region).empty()) << "it came in the stream";
+  v1::RegionSlice& slice = *tensor.mutable_location()->mutable_region();
+  slice.set_offset_bytes(90);
+  EXPECT_EQ(PlacedBytes(tensor, region).data(), region.data() + 90);
+  EXPECT_EQ(PlacedBytes(tensor, region).size(), 10U);
+  for (const int64_t offset : {int64_t{91}, int64_t{-1}, int64_t{101}, INT64_MAX}) {
+    slice.set_offset_bytes(offset);
+    EXPECT_TRUE(PlacedBytes(tensor, region).empty()) << offset;
+  }
 }
 
 }  // namespace

@@ -2,14 +2,18 @@
 #include "server/cpu/cpu_backend.h"
 
 #include <gtest/gtest.h>
+#include <hwy/cache_control.h>
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <random>
 #include <thread>
 
 #include "server/cpu/block_ranks.h"
 #include "server/cpu/decode.h"
 #include "server/cpu/encode_bounds.h"
+#include "server/cpu/row_math.h"
 #include "server/cpu/thread_pool.h"
 #include "server/pipeline/errors.h"
 #include "server/pipeline/numeric.h"
@@ -394,6 +398,45 @@ TEST(Encode, RoundsAsNumericDoes) {
 }
 
 // All codes and their neighbourhoods, both ways, against all numbers of the type.
+// Finite codes of every exponent, aligned and not, around the caches and through them.
+TEST(TurnRow, EqualsDecodingTurningAndEncoding) {
+  constexpr int64_t kCount = 128;
+  std::mt19937_64 random(3);
+  alignas(64) std::array<uint16_t, kCount + 1> out;
+  for (const int64_t rotary_dim : {64, 128}) {
+    const oracle::HostRotation rotation =
+        oracle::MakeRotation(4096, static_cast<int32_t>(rotary_dim), false);
+    std::array<float, kCount> cos_sin;
+    float* cos = cos_sin.data();
+    float* sin = cos + rotary_dim / 2;
+    for (int repeat = 0; repeat < 2000; ++repeat) {
+      cpu::RotationAngles(rotation.table(), static_cast<int64_t>(random() % 4096), cos, sin);
+      std::array<uint16_t, kCount> row;
+      for (uint16_t& code : row) code = static_cast<uint16_t>(random() % 0x7F80 | random() << 15);
+      std::array<float, kCount> expected;
+      const auto* bytes = reinterpret_cast<const std::byte*>(row.data());
+      cpu::DecodeRow(DType::kBFloat16, bytes, 1, kCount, expected.data());
+      cpu::TurnBack(rotation.table(), cos, sin, expected.data());
+      std::array<uint16_t, kCount> encoded;
+      cpu::EncodeRow(DType::kBFloat16, expected.data(), 1, kCount,
+                     reinterpret_cast<std::byte*>(encoded.data()));
+      uint16_t* const target = out.data() + repeat % 2;
+      if (!cpu::TurnRow({.dtype = DType::kBFloat16,
+                         .count = kCount,
+                         .rotary_dim = rotary_dim,
+                         .row = bytes,
+                         .cos = cos,
+                         .sin = sin,
+                         .out = reinterpret_cast<std::byte*>(target),
+                         .stream = repeat % 4 < 2})) {
+        GTEST_SKIP() << "not written for vectors of " << cpu::VectorTargetName();
+      }
+      hwy::FlushStream();
+      ASSERT_EQ(std::memcmp(target, encoded.data(), sizeof(encoded)), 0) << repeat;
+    }
+  }
+}
+
 TEST(EncodeBounds, IsTheNearestNumberOnThatSide) {
   std::vector<float> values = {0.0F, -0.0F, 0x1p-149F, -0x1p-149F, 1e-30F, -1e-30F};
   for (uint32_t code = 0; code < 0x10000; ++code) {

@@ -253,15 +253,13 @@ TEST(GatherPages, TurnedKeysEqualKeysMadeAtTheNewPositions) {
   const auto num_kept = static_cast<int64_t>(kept.size());
   auto pages = session.Poisoned<float>((num_kept + 15) / 16 * 16 * kDim);
   const oracle::HostRotation rotation = oracle::MakeRotation(kTokens, kDim, false);
-  ASSERT_TRUE(TheBackend()
-                  .GatherPages({.source = session.Upload(keys),
-                                .kept = session.Upload(kept),
-                                .num_kept = num_kept,
-                                .out_dtype = DType::kFloat32,
-                                .rotation = session.Upload(rotation),
-                                .pages = pages.data()},
-                               session.stream())
-                  .ok());
+  const GatherPagesItem item{.source = session.Upload(keys),
+                             .kept = session.Upload(kept),
+                             .num_kept = num_kept,
+                             .out_dtype = DType::kFloat32,
+                             .rotation = session.Upload(rotation),
+                             .pages = pages.data()};
+  ASSERT_TRUE(TheBackend().GatherPages({.items = {&item, 1}}, session.stream()).ok());
   const auto out = session.Read(std::move(pages));
   for (int64_t s = 0; s < num_kept; ++s) {
     for (int32_t c = 0; c < kDim; ++c) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <optional>
 #include <random>
@@ -212,6 +213,31 @@ TEST(SegmentTest, DynamicWithoutDeviationIsFixed) {
     fixed.block_size = 14;
     EXPECT_EQ(Segment(tokens, Dynamic(14, 0, 0.6), &profile), Segment(tokens, fixed, nullptr));
   }
+}
+
+TEST(SegmentTest, ATableOfWeightsCutsAsTheProfileDoes) {
+  const DelimiterProfile profile = FiveDelimiters();
+  ASSERT_EQ(profile.weight_table().size(), 6u);
+  EXPECT_EQ(profile.weight_table()[0], DelimiterProfile::kNoDelimiter);
+  EXPECT_EQ(profile.weight_table()[3], 0.6f);
+  std::mt19937_64 random(14);
+  for (const double share : {0.0, 0.1, 0.7, 1.0}) {
+    std::vector<int32_t> tokens = RandomTokens(random, 2000, share);
+    tokens[7] = -5;  // in no table
+    const SegmentationPolicy policy = Dynamic(14, 6, 0.6);
+    EXPECT_EQ(SegmentByWeights(tokens, policy, profile.weight_table()),
+              LiteralDynamic(tokens, policy, profile));
+  }
+}
+
+TEST(SegmentTest, IdsTooLargeForATableAreDelimitersAllTheSame) {
+  constexpr int32_t kLargeId = std::numeric_limits<int32_t>::max();
+  const DelimiterProfile profile = MakeProfile({Weight(1, 0.2f), Weight(kLargeId, 1.0f)});
+  EXPECT_TRUE(profile.weight_table().empty());
+  std::vector<int32_t> tokens(200, 100);
+  for (size_t t = 3; t < tokens.size(); t += 5) tokens[t] = t % 2 == 0 ? kLargeId : 1;
+  const SegmentationPolicy policy = Dynamic(14, 6, 0.6);
+  EXPECT_EQ(Segment(tokens, policy, &profile), LiteralDynamic(tokens, policy, profile));
 }
 
 TEST(SegmentTest, FixedAndNone) {

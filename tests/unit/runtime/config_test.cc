@@ -6,6 +6,7 @@
 #include <map>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/match.h"
 #include "server/cpu/cpu_backend.h"
@@ -101,6 +102,38 @@ TEST(SelfTestTest, PassesOnTheCpu) {
   auto backend = CreateCpuBackend({.num_threads = 2, .memory_limit_bytes = 0});
   ASSERT_TRUE(backend.ok());
   EXPECT_TRUE(SelfTest(**backend).ok()) << SelfTest(**backend);
+}
+
+TEST(ConfigTest, DevicesAreACountOrAList) {
+  EXPECT_EQ(ParseDevices("1").value(), (std::vector<int32_t>{0}));
+  EXPECT_EQ(ParseDevices("3").value(), (std::vector<int32_t>{0, 1, 2}));
+  EXPECT_EQ(ParseDevices("2,0").value(), (std::vector<int32_t>{2, 0}));
+  for (const char* wrong : {"", "0", "-1", "65", "x", "1,", ",1", "0,0", "1,-2", "1024,0"}) {
+    EXPECT_FALSE(ParseDevices(wrong).ok()) << wrong;
+  }
+  ServerConfig config;
+  EXPECT_TRUE(ValidateConfig(config).ok());
+  config.devices = "0,2";
+  EXPECT_TRUE(ValidateConfig(config).ok());
+  config.device = 1;
+  EXPECT_EQ(ValidateConfig(config).message(), "options device and devices are both set");
+  config.device = 0;
+  config.devices = "0,0";
+  EXPECT_FALSE(ValidateConfig(config).ok());
+}
+
+TEST(ConfigTest, RegionSocketNeedsSharedMemory) {
+  ServerConfig config;
+  config.region_socket = "/run/regions.sock";
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
+  config.regions = "cuda-ipc";
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
+  for (const char* regions : {"shm", "all"}) {
+    config.regions = regions;
+    EXPECT_TRUE(ValidateConfig(config).ok()) << regions;
+  }
+  config.region_socket = std::string(108, 'p');
+  EXPECT_TRUE(absl::IsInvalidArgument(ValidateConfig(config)));
 }
 
 }  // namespace

@@ -69,21 +69,74 @@ TEST_F(InboxTest, TheWindowMovesWithTheLowestIncompleteLayer) {
   Receive(4);
   Receive(3);
   EXPECT_TRUE(inbox_.all_complete());
-  EXPECT_TRUE(inbox_.CheckEnd(5).ok());
+  EXPECT_TRUE(inbox_.End(0, 5).ok());
 }
 
 TEST_F(InboxTest, EndNamesWhatIsMissing) {
   Receive(0);
   Receive(1);
-  EXPECT_EQ(GetErrorDetails(inbox_.CheckEnd(4)).subject, "end.num_tensors");
-  EXPECT_EQ(GetErrorDetails(inbox_.CheckEnd(5)).subject, "tensors[2]");
+  EXPECT_EQ(GetErrorDetails(inbox_.End(0, 4)).subject, "end.num_tensors");
+  EXPECT_EQ(GetErrorDetails(inbox_.End(0, 5)).subject, "tensors[2]");
 }
 
 TEST(InboxEdgeTest, LayersWithoutTensorsAreComplete) {
   const std::vector<RequestTensor> none;
-  const Inbox inbox(none, 3, 1);
+  Inbox inbox(none, 3, 1);
   EXPECT_TRUE(inbox.all_complete());
-  EXPECT_TRUE(inbox.CheckEnd(0).ok());
+  EXPECT_TRUE(inbox.End(0, 0).ok());
+}
+
+class ShardedInboxTest : public InboxTest {
+ protected:
+  // Places and counts a whole tensor. False where it is early.
+  bool Bring(uint32_t id, int32_t shard) {
+    const Chunk chunk{.tensor = id, .offset = 0, .size = 10, .last = true, .shard = shard};
+    const absl::StatusOr<size_t> index = sharded_.Check(chunk);
+    EXPECT_TRUE(index.ok()) << index.status();
+    if (!index.ok() || sharded_.Early(*index)) return false;
+    sharded_.Claim(*index, chunk);
+    sharded_.Add(*index, chunk);
+    return true;
+  }
+  std::string ShardField(const Chunk& chunk) {
+    return GetErrorDetails(sharded_.Check(chunk).status()).subject;
+  }
+  Inbox sharded_{tensors_, 4, 2, 2};
+};
+
+TEST_F(ShardedInboxTest, ChunksBeyondTheWindowAreEarly) {
+  EXPECT_TRUE(Bring(2, 1));
+  EXPECT_FALSE(Bring(3, 1));
+  EXPECT_TRUE(Bring(0, 0));
+  EXPECT_FALSE(Bring(3, 1));
+  EXPECT_TRUE(Bring(1, 0));
+  EXPECT_TRUE(Bring(3, 1));
+  EXPECT_TRUE(Bring(4, 0));
+  EXPECT_TRUE(sharded_.End(0, 3).ok());
+  EXPECT_FALSE(sharded_.all_ended());
+  EXPECT_TRUE(sharded_.End(1, 2).ok());
+  EXPECT_TRUE(sharded_.all_ended());
+}
+
+TEST_F(ShardedInboxTest, ATensorStaysOnItsShardEvenBeforeItsFirstBytesAreThere) {
+  const Chunk first{.tensor = 1, .offset = 0, .size = 4, .last = false, .shard = 1};
+  sharded_.Claim(1, first);
+  EXPECT_EQ(ShardField({.tensor = 1, .offset = 0, .size = 4, .last = false, .shard = 0}), "tensor");
+  EXPECT_EQ(ShardField(first), "");
+}
+
+TEST_F(ShardedInboxTest, LayersAscendOnAShard) {
+  EXPECT_TRUE(Bring(2, 1));
+  EXPECT_EQ(ShardField({.tensor = 1, .offset = 0, .size = 10, .last = true, .shard = 1}), "tensor");
+  EXPECT_EQ(ShardField({.tensor = 0, .offset = 0, .size = 10, .last = true, .shard = 1}), "tensor");
+  EXPECT_EQ(ShardField({.tensor = 1, .offset = 0, .size = 10, .last = true, .shard = 0}), "");
+}
+
+TEST_F(ShardedInboxTest, EndsCountWhatTheirShardBrought) {
+  EXPECT_TRUE(Bring(0, 0));
+  EXPECT_EQ(GetErrorDetails(sharded_.End(0, 5)).subject, "end.num_tensors");
+  EXPECT_TRUE(sharded_.End(0, 1).ok());
+  EXPECT_EQ(GetErrorDetails(sharded_.End(1, 0)).subject, "tensors[1]");
 }
 
 }  // namespace

@@ -64,7 +64,7 @@ class RegionStoreTest : public testing::Test {
                       .max_regions = 2,
                       .max_bytes = 2 * kBytes,
                       .now = [this] { return now_; }},
-                     *backend_};
+                     {backend_.get()}};
 };
 
 TEST_F(RegionStoreTest, BytesAreShared) {
@@ -175,8 +175,90 @@ TEST_F(RegionStoreTest, Quotas) {
   EXPECT_TRUE(store_.Register(Of(object, "c")).ok());
 }
 
+TEST_F(RegionStoreTest, OwnersTakeTheirRegionsAlong) {
+  const Object object("owned");
+  const auto owner = store_.Attach();
+  ASSERT_TRUE(owner.ok()) << owner.status();
+  EXPECT_EQ(owner->size(), 16U);
+  RegionStore::Registration registration = Of(object, "a");
+  registration.owner = *owner;
+  const auto info = store_.Register(registration);
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_TRUE(info->owned);
+  EXPECT_EQ(info->kind, RegionStore::Kind::kPosixShm);
+  EXPECT_EQ(store_.Register(Of(object, "a")).status().code(), absl::StatusCode::kAlreadyExists);
+  ASSERT_TRUE(store_.Register(Of(object, "b")).ok());
+  const auto used = store_.Find("a", info->generation, 0, 1, false, "f");
+  ASSERT_TRUE(used.ok());
+  (void)store_.Detach(*owner);
+  EXPECT_EQ(store_.Find("a", info->generation, 0, 1, false, "f").status().code(),
+            absl::StatusCode::kNotFound);
+  object.data[0] = 'x';  // still mapped for its user
+  EXPECT_EQ(static_cast<char>(used->data[0]), 'x');
+  ASSERT_EQ(store_.List().size(), 1U);
+  EXPECT_EQ(store_.List()[0].name, "b");
+  EXPECT_EQ(store_.Register(registration).status().code(), absl::StatusCode::kNotFound);
+  (void)store_.Detach(*owner);  // once more is nothing
+  EXPECT_EQ(store_.List().size(), 1U);
+}
+
+TEST_F(RegionStoreTest, OwnersHaveAQuotaAndLeasesStillEnd) {
+  RegionStore store({.allow_shm = true, .max_owners = 1, .now = [this] { return now_; }},
+                    *backend_);
+  const auto owner = store.Attach();
+  ASSERT_TRUE(owner.ok());
+  EXPECT_EQ(store.Attach().status().code(), absl::StatusCode::kResourceExhausted);
+  const Object object("owner-lease");
+  RegionStore::Registration registration = Of(object);
+  registration.owner = *owner;
+  ASSERT_TRUE(store.Register(registration).ok());
+  now_ += absl::Seconds(10);
+  EXPECT_TRUE(store.List().empty());
+  (void)store.Detach(*owner);
+  EXPECT_TRUE(store.Attach().ok());
+}
+
+TEST_F(RegionStoreTest, MemFds) {
+  const auto pass = [](PassedFiles& files, char token, int more_seals) {
+    FileDescriptor file(memfd_create("test", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    EXPECT_EQ(ftruncate(file.number(), kBytes), 0);
+    EXPECT_EQ(
+        fcntl(file.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL | more_seals),
+        0);
+    EXPECT_TRUE(files.Add({.token = std::string(16, token), .file = std::move(file)}).ok());
+  };
+  PassedFiles files;
+  RegionStore store({.allow_shm = true, .files = &files}, *backend_);
+  RegionStore::Registration registration;
+  registration.name = "m";
+  registration.byte_size = kBytes;
+  registration.writable = true;
+  registration.file_token = std::string(16, 'a');
+  EXPECT_EQ(store.Register(registration).status().code(), absl::StatusCode::kNotFound);
+  pass(files, 'a', 0);
+  registration.byte_size = kBytes + 1;
+  EXPECT_EQ(FieldOf(store.Register(registration).status()), "byte_size");
+  registration.byte_size = kBytes;
+  const auto info = store.Register(registration);
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_EQ(info->kind, RegionStore::Kind::kMemFd);
+  EXPECT_EQ(files.size(), 0) << "taken";
+  const auto again = store.Register(registration);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(again->generation, info->generation);
+  // Sealed against writing: for reading only.
+  pass(files, 'w', F_SEAL_FUTURE_WRITE);
+  registration.name = "w";
+  registration.file_token = std::string(16, 'w');
+  EXPECT_EQ(store.Register(registration).status().code(), absl::StatusCode::kFailedPrecondition);
+  registration.writable = false;
+  EXPECT_TRUE(store.Register(registration).ok());
+  EXPECT_EQ(store_.Register(registration).status().code(), absl::StatusCode::kUnimplemented)
+      << "no side socket";
+}
+
 TEST_F(RegionStoreTest, WhatIsSwitchedOffIsUnimplemented) {
-  RegionStore off({}, *backend_);
+  RegionStore off({}, {backend_.get()});
   const Object object("off");
   EXPECT_FALSE(off.enabled());
   EXPECT_EQ(off.Register(Of(object)).status().code(), absl::StatusCode::kUnimplemented);

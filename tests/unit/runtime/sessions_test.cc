@@ -30,7 +30,7 @@ class SessionStoreTest : public testing::Test {
   void Restart(SessionStore::Options options) {
     options.now = [this] { return now_; };
     store_.reset();
-    store_ = std::make_unique<SessionStore>(options, *backend_);
+    store_ = std::make_unique<SessionStore>(options);
   }
 
   static ResidentSpec Spec() {
@@ -50,7 +50,7 @@ class SessionStoreTest : public testing::Test {
 
   absl::StatusOr<std::string> TryOpen(SessionSettings settings = {.tenant = "a"}) {
     absl::StatusOr<std::shared_ptr<Session>> session =
-        store_->Reserve(std::move(settings), Spec(), nullptr);
+        store_->Reserve(std::move(settings), Spec(), nullptr, *backend_);
     if (!session.ok()) return session.status();
     if (absl::Status status = store_->Materialize(**session, *stream_); !status.ok()) return status;
     std::vector<uint16_t> zeros(static_cast<size_t>(kNumTokens * 16), 0);
@@ -184,10 +184,10 @@ TEST_F(SessionStoreTest, AnUnpublishedSessionLeavesNothing) {
   Restart({.max_sessions = 1});
   {
     const std::shared_ptr<Session> session =
-        store_->Reserve({.tenant = "a"}, Spec(), nullptr).value();
+        store_->Reserve({.tenant = "a"}, Spec(), nullptr, *backend_).value();
     ASSERT_TRUE(store_->Materialize(*session, *stream_).ok());
     EXPECT_EQ(Reason(store_->Use(session->id(), "a").status()), "SESSION_UNKNOWN");
-    EXPECT_EQ(store_->Reserve({.tenant = "a"}, Spec(), nullptr).status().code(),
+    EXPECT_EQ(store_->Reserve({.tenant = "a"}, Spec(), nullptr, *backend_).status().code(),
               absl::StatusCode::kResourceExhausted);
   }
   EXPECT_EQ(backend_->device_bytes_in_use(), 0);
@@ -207,7 +207,8 @@ TEST_F(SessionStoreTest, QuotasAreByTenant) {
   Open();
   ResidentSpec large = Spec();
   large.capacity_tokens = 4 * kNumTokens;
-  EXPECT_EQ(Reason(store_->Reserve({.tenant = "c"}, large, nullptr).status()), "SESSION_TOO_LARGE");
+  EXPECT_EQ(Reason(store_->Reserve({.tenant = "c"}, large, nullptr, *backend_).status()),
+            "SESSION_TOO_LARGE");
 }
 
 TEST_F(SessionStoreTest, TheLeastRecentlyUsedIsDemoted) {

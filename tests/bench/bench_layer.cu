@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Times of the CUDA operations on one layer of Llama-3.1-8B's shape (32 query heads, 8 KV heads,
-// D 128, bf16), a window of 64 queries and a fifth of the tokens kept, against ceilings measured in
-// the same run. A time is the median of device-event times over inputs that rotate through more
-// memory than the L2 cache holds. "floor" counts each input byte read once and each output byte
-// written once at the measured copy (or read) rate; share = floor / time.
+// Compressing one resident layer of Llama-3.1-8B's shape (32 query heads, 8 KV heads, D 128, bf16)
+// with a window of 64 queries, a fifth of the tokens kept: scores, block scores, selection, gather
+// of K and V. A time is the median of device-event times over inputs that rotate through more
+// memory than the L2 cache holds. The floor is what must be read and written (K once, the kept rows
+// of K and V in and out) at the copy rate of the run; one pass of the window over the keys at the
+// tensor cores' rate, the other floor, is lower.
 #include <algorithm>
-#include <cstdio>
+#include <array>
+#include <cstdlib>
 #include <functional>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "cuda/operations.h"
 #include "tests/bench/device_bench.h"
+#include "tests/bench/report.h"
 #include "tests/oracle/random_tensors.h"
 
 namespace dynsplit::bench {
@@ -53,52 +57,36 @@ class LayerBench {
       return Check(device.pool->Allocate(size, device.stream));
     };
     scores_ = allocate(kHeads * num_tokens * 4);
+    group_scores_ = allocate(num_tokens * 4);
     block_scores_ = allocate(kHeads * num_blocks_ * 4);
     kept_ = allocate(kHeads * num_kept_ * 4);
     counts_ = allocate(kHeads * 4);
     num_slots_ = (num_kept_ + kPageSize - 1) / kPageSize * kPageSize;
     key_pages_ = allocate(num_slots_ * kHeads * kRowBytes);
     value_pages_ = allocate(num_slots_ * kHeads * kRowBytes);
-    scales_ = allocate(num_slots_ * kHeads * 4);
     for (Buffer* summary : {&min_, &max_}) *summary = allocate(num_blocks_ * kHeads * kRowBytes);
     lse_ = Upload(device, std::vector<float>(kWindow * kQueryHeads, 12.0F));
-    losses_ = allocate(3 * kQueryHeads * 4);
   }
 
   void Run() {
     const double k_bytes = static_cast<double>(num_tokens_) * kHeads * kRowBytes;
     const double kept_bytes = static_cast<double>(num_kept_) * kHeads * kRowBytes;
     const double score_bytes = 4.0 * static_cast<double>(num_tokens_) * kHeads;
-    const double pass_flops = 2.0 * kWindow * kQueryHeads * kDim * static_cast<double>(num_tokens_);
-    const double copy = ceilings_.copy_gbps;
-    const double read = ceilings_.read_gbps;
-    Report("score_window", k_bytes + score_bytes, read, 2 * pass_flops,
-           [&](int i) { Score(i, false); });
-    Report("score_window, LSE given", k_bytes + score_bytes, read, pass_flops,
-           [&](int i) { Score(i, true); });
-    Report("reduce_blocks", score_bytes, read, 0, [&](int) { Reduce(); });
-    Report("summarize_blocks",
-           k_bytes + 2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, copy, 0,
-           [&](int i) { Summarize(i); });
-    Report("score_blocks, bound", 2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, read,
-           4.0 * kWindow * kQueryHeads * 2 * kDim * static_cast<double>(num_blocks_),
-           [&](int i) { ScoreBlocks(i); });
-    Score(0, false);
-    Reduce();
-    Report("select_tokens, 8 groups", score_bytes + 4.0 * static_cast<double>(num_kept_) * kHeads,
-           copy, 0, [&](int) { Select(kHeads); });
-    Report("select_tokens, 1 group", (score_bytes + 4.0 * static_cast<double>(num_kept_)) / kHeads,
-           copy, 0, [&](int) { Select(1); });
-    Report("gather as is (K)", 2 * kept_bytes, copy, 0,
-           [&](int i) { Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kAsIs); });
-    Report("gather fp8 per head (K)", 1.5 * kept_bytes, copy, 0,
-           [&](int i) { Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kFloat8E4M3); });
-    Report("check_finite (K)", k_bytes, read, 0, [&](int i) { CheckFinite(i); });
-    Report("layer: score..gather K,V", k_bytes + 4 * kept_bytes, copy, 2 * pass_flops,
-           [&](int i) { Layer(i); });
-    Layer(0);
-    Report("measure_attention", 2 * k_bytes + 2 * kept_bytes, read,
-           2 * pass_flops * (1 + 1.5 * kKeptRatio), [&](int i) { Measure(i); });
+    ReportTime("score_window", k_bytes + score_bytes, "", [&](int i) { Score(i, false); });
+    ReportTime("score_window, LSE given", k_bytes + score_bytes, "",
+               [&](int i) { Score(i, true); });
+    ReportTime("score_blocks, 64 queries",
+               2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, "",
+               [&](int i) { ScoreBlocks(i); });
+    const bool targets = num_tokens_ == 131072;
+    for (const int groups : {1, kHeads}) {
+      const std::string sets = groups == 1 ? "one kept set" : "kept sets per head";
+      ReportTime("compress, " + sets, k_bytes + 4 * kept_bytes, targets ? "share >= 0.4545" : "",
+                 [&](int i) { Layer(i, false, groups); });
+      ReportTime("compress, " + sets + ", LSE given", k_bytes + 4 * kept_bytes,
+                 targets ? "share >= 0.6667" : "", [&](int i) { Layer(i, true, groups); });
+    }
+    // ReportMemory(2 * k_bytes);
   }
 
  private:
@@ -120,9 +108,12 @@ class LayerBench {
                                 .scores = scores_.as<float>()},
                                device_.launch));
   }
-  void Reduce() {
-    Check(kernels::ReduceBlocks({.token_scores = scores_.as<float>(),
-                                 .rows = kHeads,
+  const float* TokenScores(int groups) const {
+    return groups == 1 ? group_scores_.as<float>() : scores_.as<float>();
+  }
+  void Reduce(int groups) {
+    Check(kernels::ReduceBlocks({.token_scores = TokenScores(groups),
+                                 .rows = groups,
                                  .num_tokens = num_tokens_,
                                  .block_starts = starts_.as<int32_t>(),
                                  .num_blocks = num_blocks_,
@@ -131,13 +122,6 @@ class LayerBench {
   }
   BlockSummaries Summaries() const {
     return DenseSummaries(DType::kBFloat16, kHeads, kDim, min_.data(), max_.data(), nullptr);
-  }
-  void Summarize(int i) {
-    Check(kernels::SummarizeBlocks({.keys = Keys(i),
-                                    .block_starts = starts_.as<int32_t>(),
-                                    .num_blocks = num_blocks_,
-                                    .summaries = Summaries()},
-                                   device_.launch));
   }
   void ScoreBlocks(int i) {
     const ScoreBlocksItem item = {.queries = Queries(i),
@@ -150,7 +134,7 @@ class LayerBench {
   }
   void Select(int groups) {
     Check(kernels::SelectTokens({.block_scores = block_scores_.as<float>(),
-                                 .token_scores = scores_.as<float>(),
+                                 .token_scores = TokenScores(groups),
                                  .groups = groups,
                                  .num_tokens = num_tokens_,
                                  .block_starts = starts_.as<int32_t>(),
@@ -160,61 +144,61 @@ class LayerBench {
                                  .kept = kept_.as<int32_t>(),
                                  .kept_counts = counts_.as<int32_t>()},
                                 device_.launch));
-    groups_ = groups;
   }
-  void Gather(const Buffer& source, const Buffer& pages, EncodingPolicy::Format format) {
-    const bool encoded = format != EncodingPolicy::Format::kAsIs;
-    Check(kernels::GatherPages(
-        {.source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
-         .kept = kept_.as<int32_t>(),
-         .groups = groups_,
-         .num_kept = num_kept_,
-         .page_size = kPageSize,
-         .format = format,
-         .out_dtype = encoded ? DType::kFloat8E4M3 : DType::kBFloat16,
-         .rotation = {},
-         .pages = pages.data(),
-         .scales = encoded ? scales_.as<float>() : nullptr},
-        device_.launch));
+  void GatherBoth(int i, int groups) {
+    const auto item = [&](const Buffer& source, const Buffer& pages) -> GatherPagesItem {
+      return {.source = DenseView(source.data(), DType::kBFloat16, num_tokens_, kHeads, kDim),
+              .kept = kept_.as<int32_t>(),
+              .groups = groups,
+              .num_kept = num_kept_,
+              .page_size = kPageSize,
+              .out_dtype = DType::kBFloat16,
+              .rotation = {},
+              .pages = pages.data()};
+    };
+    const std::array<GatherPagesItem, 2> items = {item(keys_[Set(i)], key_pages_),
+                                                  item(values_[Set(i)], value_pages_)};
+    Check(kernels::GatherPages({.items = items}, device_.launch));
   }
-  void CheckFinite(int i) {
-    Check(kernels::CheckFinite({.tensor = Keys(i), .first_bad_token = counts_.as<int32_t>()},
-                               device_.launch));
-  }
-  void Layer(int i) {
-    Score(i, false);
-    Reduce();
-    Select(kHeads);
-    Gather(keys_[Set(i)], key_pages_, EncodingPolicy::Format::kAsIs);
-    Gather(values_[Set(i)], value_pages_, EncodingPolicy::Format::kAsIs);
-  }
-  void Measure(int i) {
-    MeasureAttentionParams params;
-    params.queries = Queries(i);
-    params.keys = Keys(i);
-    params.values = DenseView(values_[Set(i)].data(), DType::kBFloat16, num_tokens_, kHeads, kDim);
-    params.kept_keys = DenseView(key_pages_.data(), DType::kBFloat16, num_kept_, kHeads, kDim);
-    params.kept_values = DenseView(value_pages_.data(), DType::kBFloat16, num_kept_, kHeads, kDim);
-    params.kept = kept_.as<int32_t>();
-    params.groups = groups_;
-    params.num_kept = num_kept_;
-    params.softmax_scale = Scale();
-    params.mass = losses_.as<float>();
-    params.err_sq = params.mass + kQueryHeads;
-    params.ref_sq = params.err_sq + kQueryHeads;
-    Check(kernels::MeasureAttention(params, device_.launch));
+  void Layer(int i, bool with_lse, int groups) {
+    Score(i, with_lse);
+    if (groups == 1) {
+      Check(kernels::ReduceRows({.in = scores_.as<float>(),
+                                 .rows_in = kHeads,
+                                 .rows_out = 1,
+                                 .columns = num_tokens_,
+                                 .out = group_scores_.as<float>()},
+                                device_.launch));
+    }
+    Reduce(groups);
+    Select(groups);
+    GatherBoth(i, groups);
   }
 
-  void Report(const char* name, double bytes, double gbps, double flops,
-              const std::function<void(int)>& run) {
-    const double ms = Time(device_, run);
-    const double floor_ms = bytes / gbps / 1e6;
-    std::printf("%-26s T=%-7lld %9.4f ms  floor %8.4f ms  share %5.1f %%  %7.0f GB/s", name,
-                static_cast<long long>(num_tokens_), ms, floor_ms, 100 * floor_ms / ms,
-                bytes / ms / 1e6);
-    if (flops > 0) std::printf("  %6.1f TFLOP/s", flops / ms / 1e9);
-    std::printf("\n");
-    std::fflush(stdout);
+  // What the operations take beside inputs and outputs: their results for one another, and scratch.
+  void ReportMemory(double kv_bytes) {
+    const double kept = Peak([&] { Layer(0, false, kHeads); });
+    const auto own = static_cast<double>(scores_.size_bytes() + group_scores_.size_bytes() +
+                                         block_scores_.size_bytes() + counts_.size_bytes());
+    Report(Cost(Name("compress, extra device memory"), kept + own, "bytes", 0.02 * kv_bytes,
+                "share >= 1"));
+  }
+  // Most bytes that `run` holds in the pool at a time, beyond those held before it.
+  double Peak(const std::function<void()>& run) {
+    const int64_t before = device_.pool->bytes_in_use();
+    
+    run();
+    Check(cudaStreamSynchronize(device_.launch.stream));
+    return static_cast<double>(device_.pool->bytes_in_use() - before);
+  }
+
+  std::string Name(const std::string& what) const {
+    return "cuda/" + what + ", T=" + std::to_string(num_tokens_);
+  }
+  void ReportTime(const std::string& what, double bytes, const std::string& target,
+                  const std::function<void(int)>& run) {
+    const double us = 1e3 * Time(device_, run);
+    Report(Cost(Name(what), us, "us", bytes / ceilings_.copy_gbps / 1e3, target));
   }
 
   const Device& device_;
@@ -224,17 +208,17 @@ class LayerBench {
   int64_t num_kept_ = 0;
   int64_t num_slots_ = 0;
   int num_sets_ = 0;
-  int groups_ = kHeads;
   std::vector<Buffer> keys_, values_, queries_;
-  Buffer starts_, protected_, scores_, block_scores_, kept_, counts_, key_pages_, value_pages_,
-      scales_, min_, max_, lse_, losses_;
+  Buffer starts_, protected_, scores_, group_scores_, block_scores_, kept_, counts_, key_pages_,
+      value_pages_, min_, max_, lse_;
 };
 
-void Main() {
+void Main(std::vector<int64_t> lengths) {
+  if (lengths.empty()) lengths = {32768, 131072};
   const Device device = OpenDevice();
   const Ceilings ceilings = MeasureCeilings(device);
   RandomSource random(device);
-  for (int64_t num_tokens : {32768, 131072}) {
+  for (const int64_t num_tokens : lengths) {
     LayerBench(device, ceilings, random, num_tokens).Run();
     Check(cudaStreamSynchronize(device.launch.stream));
   }
@@ -243,4 +227,9 @@ void Main() {
 }  // namespace
 }  // namespace dynsplit::bench
 
-int main() { dynsplit::bench::Main(); }
+// bench_layer [TOKENS...]
+int main(int argc, char** argv) {
+  std::vector<int64_t> lengths;
+  for (int i = 1; i < argc; ++i) lengths.push_back(std::atoll(argv[i]));
+  dynsplit::bench::Main(std::move(lengths));
+}
