@@ -19,7 +19,7 @@ import numpy.typing as npt
 from dynsplit import errors, results, streams, tensors
 from dynsplit.calls import Context, OnError, Stream
 from dynsplit.policies import as_policy
-from dynsplit.results import Compressed, CompressedLayer
+from dynsplit.results import Compressed, CompressedLayer, Room
 from dynsplit.tensors import Tensor
 from dynsplit.v1 import compression_pb2, types_pb2
 
@@ -59,6 +59,7 @@ def compress(
     keep: types_pb2.SessionOptions | None = None,
     session_policy: Policy = None,
     dtype: str | None = None,
+    output: Room | None = None,
     on_error: OnError | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
@@ -86,6 +87,9 @@ def compress(
         session_policy: of that session; see `index_policy`.
         dtype: what arrays of unsigned integers hold: "bfloat16" in uint16, "float8_e4m3fn" in
             uint8.
+        output: where the layers' tensors go instead of into the stream, from its begin on: a
+            `HostRegion` with room for them, in use until the result is not (its arrays are views).
+            InvalidRequestError names the bytes needed where it is too small.
         on_error: "passthrough": where the service is away (unavailable, overloaded, too slow,
             faulty), warn with PassthroughWarning and return the caller's K and V as the result,
             with `passed_through` and `error` set. Errors of the request are raised in any case.
@@ -112,6 +116,7 @@ def compress(
     begin, inputs = _request(context, token_ids, evidence, num_query_heads, dtype)
     _fill(begin, policy, rope, request_id)
     begin.shadow, begin.no_receipt = shadow, not receipt
+    _place(begin, output)
     if keep is not None:
         begin.session.CopyFrom(keep)
         if session_policy is not None:
@@ -128,7 +133,7 @@ def compress(
         "Compress",
         begin,
         inputs,
-        lambda done: results.assemble(done, like=like, rope=rope),
+        lambda done: results.assemble(done, like=like, rope=rope, output=output),
         repeatable=keep is None,
         passthrough=passthrough if (on_error or context.on_error) == "passthrough" else None,
         timeout_seconds=timeout_seconds,
@@ -206,6 +211,7 @@ def apply(
     value_scales: Tensors | None = None,
     rope: types_pb2.Rope | None = None,
     dtype: str | None = None,
+    output: Room | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
 ) -> Stream[Compressed]:
@@ -222,6 +228,7 @@ def apply(
         value_scales: as in `compress`.
         rope: as in `compress`.
         dtype: as in `compress`.
+        output: as in `compress`.
         request_id: as in `compress`.
         timeout_seconds: as in `compress`.
     """
@@ -236,6 +243,7 @@ def apply(
     begin, inputs = _request(context, None, evidence, heads, dtype)
     _fill(begin, planned.plan.policy, rope, request_id)
     begin.plan.CopyFrom(planned.plan)
+    _place(begin, output)
     starts = streams.Input.of(types_pb2.TENSOR_KIND_BLOCK_STARTS, None, planned.block_starts, None)
     inputs.insert(0, starts)
     for layer in planned.layers:
@@ -248,7 +256,7 @@ def apply(
         "Apply",
         begin,
         inputs,
-        lambda done: results.assemble(done, like=like, rope=rope),
+        lambda done: results.assemble(done, like=like, rope=rope, output=output),
         repeatable=True,
         timeout_seconds=timeout_seconds,
     )
@@ -312,6 +320,7 @@ def fetch(
     tokens: Mapping[int, npt.ArrayLike] | None = None,
     policy: types_pb2.Policy | None = None,
     like: tensors.Array = None,
+    output: Room | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
 ) -> Stream[Compressed]:
@@ -327,6 +336,7 @@ def fetch(
             session's scope has; layers without an entry come whole.
         policy: encoding, positions and page_size are read.
         like: a tensor whose kind and device the pages take; None = numpy.
+        output: as in `compress`; a broken call is then begun anew.
         request_id: for logs.
         timeout_seconds: as in `compress`.
     """
@@ -334,6 +344,7 @@ def fetch(
     begin = compression_pb2.Begin(
         request_id=request_id, tenant=context.tenant, target=target, policy=policy
     )
+    _place(begin, output)
     kind = types_pb2.TENSOR_KIND_KEPT_TOKENS
     inputs = [
         streams.Input.of(kind, layer, np.ascontiguousarray(rows, np.int32), None)
@@ -354,9 +365,9 @@ def fetch(
         "Fetch",
         begin,
         inputs,
-        lambda done: results.assemble(done, shape=done.end.session.shape, like=like),
+        lambda done: results.assemble(done, shape=done.end.session.shape, like=like, output=output),
         repeatable=True,
-        resume=resume,
+        resume=resume if output is None else None,
         timeout_seconds=timeout_seconds,
     )
 
@@ -370,6 +381,11 @@ def _fill(
         begin.policy.CopyFrom(chosen)
     if rope is not None:
         begin.rope.CopyFrom(rope)
+
+
+def _place(begin: compression_pb2.Begin, output: Room | None) -> None:
+    if output is not None:
+        begin.output.region.CopyFrom(output.place.to_proto())
 
 
 def _kind_of(tensor: Tensors) -> tensors.Array:

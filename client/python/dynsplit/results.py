@@ -13,7 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,16 @@ from dynsplit import container, errors, streams, tensors
 from dynsplit.v1 import compression_pb2, container_pb2, types_pb2
 
 _QUANTISED = (types_pb2.DTYPE_FLOAT8_E4M3, types_pb2.DTYPE_FLOAT8_E5M2, types_pb2.DTYPE_INT8)
+
+
+class Room(Protocol):
+    """Host memory registered as writable (`dynsplit.shared.HostRegion`)."""
+
+    place: tensors.RegionSlice
+
+    def array(self, dtype: npt.DTypeLike, *shape: int, offset_bytes: int = 0) -> npt.NDArray[Any]:
+        """The memory from `offset_bytes` on."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +276,7 @@ def assemble(
     shape: types_pb2.SequenceShape | None = None,
     like: tensors.Array = None,
     rope: types_pb2.Rope | None = None,
+    output: Room | None = None,
 ) -> Compressed:
     """The result of a stream.
 
@@ -274,6 +285,7 @@ def assemble(
         shape: of the sequence; None = the plan's.
         like: kind and device of the arrays.
         rope: as it was sent.
+        output: memory that the layers' tensors were written to, where they did not travel.
 
     Raises:
         InternalError: sizes contradict each other.
@@ -287,7 +299,7 @@ def assemble(
             starts = results.tensors[descriptor.id].view(np.int32)
     page_size = plan.policy.page_size or results.accepted.policy.page_size
     layers = [
-        _layer(entry, results, (shape or plan.shape, page_size, sequence.num_blocks), like)
+        _layer(entry, results, (shape or plan.shape, page_size, sequence.num_blocks), like, output)
         for entry in results.layers
     ]
     return Compressed(
@@ -316,6 +328,7 @@ def _layer(
     results: streams.Results,
     geometry: tuple[types_pb2.SequenceShape, int, int],
     like: tensors.Array,
+    output: Room | None,
 ) -> CompressedLayer:
     shape, page_size, num_blocks = geometry
     found: dict[int, tuple[types_pb2.TensorDescriptor, tuple[int, ...]]] = {}
@@ -327,7 +340,11 @@ def _layer(
         if kind not in found:
             return None
         descriptor, dims = found[kind]
-        data = results.tensors[descriptor.id]
+        if output is not None and descriptor.HasField("location"):
+            size, offset = descriptor.byte_size, descriptor.location.region.offset_bytes
+            data = output.array("u1", size, offset_bytes=offset)
+        else:
+            data = results.tensors[descriptor.id]
         return tensors.from_bytes(data, descriptor.dtype, dims, like)
 
     tokens = take(types_pb2.TENSOR_KIND_KEPT_TOKENS, None)

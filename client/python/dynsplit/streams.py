@@ -27,7 +27,8 @@ from dynsplit.v1 import compression_pb2, types_pb2
 
 _CHUNK_BYTES = 2 << 20
 _DATA_TAG = bytes([15 << 3 | 2])  # of CompressRequest.data
-# grpc.aio's word where a call ended before it could send, and its status has been lost.
+# What grpc.aio says where the server ended a call before it read anything (it drains, or has too
+# many streams), and the write that failed was noticed before the status, which then is lost.
 _CORE = "Internal error from Core"
 _AXES = (types_pb2.AXIS_TOKEN, types_pb2.AXIS_HEAD, types_pb2.AXIS_CHANNEL)
 
@@ -232,12 +233,16 @@ class Conversation:
         """Layers of this call of which everything has come."""
         for index, layer in enumerate(self.results.layers):
             for descriptor in layer.tensors:
+                if descriptor.HasField("location"):
+                    continue
                 if self._filled[descriptor.id][0] != descriptor.byte_size:
                     return index
         return len(self.results.layers)
 
     def _expect(self, descriptors: Sequence[types_pb2.TensorDescriptor]) -> None:
         for descriptor in descriptors:
+            if descriptor.HasField("location"):  # it lies in the caller's memory already
+                continue
             self.results.tensors[descriptor.id] = np.empty(descriptor.byte_size, np.uint8)
             self._filled[descriptor.id] = (0, 0)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from fake_service import detail, refuse
 import dynsplit
 import dynsplit.aio
 from dynsplit import Client, Compressed, Retry, container, errors, roads, tensors
+from dynsplit.shared import HostRegion
 from dynsplit.v1 import compression_pb2_grpc, types_pb2
 
 LAYERS, Q_HEADS, KV_HEADS, DIM, TOKENS = 3, 4, 2, 16, 320
@@ -279,6 +281,23 @@ def test_all_roads_give_the_same_bytes(daemon: Daemon, tokens: int) -> None:
     ]
 
 
+@pytest.mark.parametrize("road", ["inline", "shm"])
+def test_results_may_go_into_a_region(daemon: Daemon, road: Any) -> None:
+    sequence = _sequence()
+    policy = dynsplit.policy("dynsplit", kept_ratio=0.4, profile="smollm2", encoding="int8")
+    with Client(daemon.unix, road=road) as client:
+        expected = client.compress(**sequence, policy=policy)
+        with HostRegion(client, 1 << 20) as room, HostRegion(client, 4096) as small:
+            found = client.compress(**sequence, policy=policy, output=room)
+            assert np.shares_memory(found.layers[1].key_pages, room.array("u1", 1 << 20))
+            assert found.received_bytes == expected.block_starts.nbytes
+            _assert_equal(found, expected)
+            for one, other in zip(found.layers, expected.layers, strict=True):
+                np.testing.assert_array_equal(one.value_scales, other.value_scales)
+            with pytest.raises(errors.InvalidRequestError, match="output"):
+                client.compress(**sequence, policy=policy, output=small)
+
+
 def test_a_segment_that_the_server_lost_is_registered_anew(daemon: Daemon) -> None:
     sequence = _sequence()
     with Client(daemon.unix, road="shm") as client:
@@ -356,11 +375,29 @@ def test_errors_name_what_is_wrong(service: Client) -> None:
         dynsplit.policy(scope="planet")
 
 
-def test_a_deadline_is_kept(daemon: Daemon) -> None:
-    with Client(daemon.unix, road="inline") as client:
-        with pytest.raises(errors.DeadlineError):
-            client.compress(**_sequence(tokens=20000), policy=POLICY, timeout_seconds=0.005)
-        client.compress(**_sequence(), policy=POLICY)  # and nothing is stuck
+class _Stuck(compression_pb2_grpc.CompressionServicer):
+    """Takes a request and does not answer until it is over."""
+
+    def __init__(self) -> None:
+        self.begun, self.over = threading.Event(), threading.Event()
+
+    def Compress(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
+        context.add_callback(self.over.set)
+        next(requests)
+        self.begun.set()
+        self.over.wait(20)
+        yield from ()
+
+
+def test_a_deadline_is_kept(tmp_path: Path) -> None:
+    stuck, address = _Stuck(), f"unix:{tmp_path}/stuck.sock"
+    server = _serve(stuck, address)
+    begin = time.monotonic()
+    with Client(address, road="inline") as client, pytest.raises(errors.DeadlineError):
+        client.compress(**_sequence(), policy=POLICY, timeout_seconds=0.3)
+    assert 0.25 < time.monotonic() - begin < 5
+    assert stuck.over.wait(5)  # the server was told
+    server.stop(None)
 
 
 class _Busy(compression_pb2_grpc.CompressionServicer):
@@ -374,6 +411,7 @@ class _Busy(compression_pb2_grpc.CompressionServicer):
     def Compress(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Any:  # noqa: N802
         self.times.append(time.monotonic())
         if len(self.times) <= len(self._refusals):
+            next(requests)  # as admission does, which needs to know what to refuse
             code, delay = self._refusals[len(self.times) - 1]
             if delay is None:
                 context.abort(code, "away")
@@ -382,9 +420,9 @@ class _Busy(compression_pb2_grpc.CompressionServicer):
         yield from self._next.Compress(requests)
 
 
-def _serve(busy: _Busy, address: str) -> grpc.Server:
+def _serve(servicer: _Busy | _Stuck, address: str) -> grpc.Server:
     server = grpc.server(futures.ThreadPoolExecutor(4))
-    compression_pb2_grpc.add_CompressionServicer_to_server(busy, server)
+    compression_pb2_grpc.add_CompressionServicer_to_server(servicer, server)
     server.add_insecure_port(address)
     server.start()
     return server
@@ -538,17 +576,21 @@ def test_asyncio_runs_calls_side_by_side(daemon: Daemon, road: Any) -> None:
         _assert_equal(one, other)
 
 
-def test_cancelling_a_task_cancels_its_call(daemon: Daemon) -> None:
+def test_cancelling_a_task_cancels_its_call(tmp_path: Path) -> None:
+    stuck, address = _Stuck(), f"unix:{tmp_path}/stuck.sock"
+    server = _serve(stuck, address)
+
     async def run() -> None:
-        async with dynsplit.aio.Client(daemon.unix, road="inline") as client:
-            task = asyncio.ensure_future(client.compress(**_sequence(tokens=30000), policy=POLICY))
-            await asyncio.sleep(0.05)
+        async with dynsplit.aio.Client(address, road="inline") as client:
+            task = asyncio.ensure_future(client.compress(**_sequence(), policy=POLICY))
+            assert await asyncio.to_thread(stuck.begun.wait, 5)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            await client.compress(**_sequence(), policy=POLICY)
 
     asyncio.run(run())
+    assert stuck.over.wait(5)
+    server.stop(None)
 
 
 # -- files --
