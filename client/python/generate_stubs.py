@@ -4,10 +4,10 @@
 
     generate_stubs.py [OUT]     OUT: folder of the package, by default the one beside this file
 
-Writes OUT/dynsplit/v1/*_pb2.py, *_pb2_grpc.py and error_details.binpb (a descriptor set of
-google.rpc). The build of the package runs it (setup.py); run it by hand where the sources are used
-in place. Needs the programs protoc (3.20 or later) and grpc_python_plugin (Debian:
-protobuf-compiler, protobuf-compiler-grpc), and no Python package.
+Writes OUT/dynsplit/v1/*_pb2.py with their types (*_pb2.pyi), *_pb2_grpc.py and error_details.binpb
+(a descriptor set of google.rpc). The build of the package runs it (setup.py); run it by hand where
+the sources are used in place. Needs the programs protoc (3.20 or later) and grpc_python_plugin
+(Debian: protobuf-compiler, protobuf-compiler-grpc), and no Python package.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def generate(out: Path) -> None:
             f"-I{_PROTO_ROOT}",
             f"--plugin=protoc-gen-grpc_python={_program('grpc_python_plugin')}",
             f"--python_out={out}",
+            f"--pyi_out={out}",
             f"--grpc_python_out={out}",
             *map(str, protos),
         ],

@@ -44,7 +44,7 @@ def run(context: Context) -> dict[str, Any]:
         return time.perf_counter() - begin, value
 
     try:
-        predicted = client.advise(
+        predicted = client.session_bytes(
             types_pb2.SequenceShape(
                 num_layers=shape.num_layers,
                 num_query_heads=shape.num_query_heads,

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 import torch
 
-from dynsplit.sessions import SessionClient
+from dynsplit.client import Client
 from dynsplit.tensors import RegionSlice
 from dynsplit.v1 import types_pb2
 
@@ -29,7 +29,7 @@ _UUID_BYTES = 16
 _MAX_ITEMS = 1024  # of one call, workspace is for so many
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_WIRE_DTYPES = {
+_WIRE_DTYPES: dict[int, torch.dtype] = {
     types_pb2.DTYPE_FLOAT32: torch.float32,
     types_pb2.DTYPE_FLOAT16: torch.float16,
     types_pb2.DTYPE_BFLOAT16: torch.bfloat16,
@@ -130,7 +130,7 @@ class MappedSession:
         values: likewise.
     """
 
-    def __init__(self, engine: Engine, client: SessionClient, session_id: str) -> None:
+    def __init__(self, engine: Engine, client: Client, session_id: str) -> None:
         """Maps; raises EngineError, UnsupportedError or ValueError (K and V rest quantised)."""
         self._client, self._session_id = client, session_id
         mapping = client.map(session_id)
@@ -190,7 +190,7 @@ class DeviceRegion:
     """Device memory, made here and registered with the server."""
 
     def __init__(
-        self, client: SessionClient, engine: Engine, byte_size: int, lease_seconds: int = 0
+        self, client: Client, engine: Engine, byte_size: int, lease_seconds: int = 0
     ) -> None:
         """Allocates and registers; the server may write into it.
 
@@ -285,7 +285,7 @@ class Engine:
         free = self._library.dynsplit_close_ipc if mapped else self._library.dynsplit_free
         self._check(free(ctypes.c_void_p(address)))
 
-    def map(self, client: SessionClient, session_id: str) -> MappedSession:
+    def map(self, client: Client, session_id: str) -> MappedSession:
         """K and V of a session that lies on this device."""
         return MappedSession(self, client, session_id)
 

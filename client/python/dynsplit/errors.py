@@ -4,14 +4,19 @@
     DynSplitError
     ├─ InvalidRequestError  INVALID_ARGUMENT     the request is wrong: see `violations`
     ├─ NotFoundError        NOT_FOUND            see `reason`: SESSION_EXPIRED and others
+    ├─ ExistsError          ALREADY_EXISTS       a region or profile of that name
     ├─ NotAllowedError      PERMISSION_DENIED    the session belongs to another tenant
+    │                       UNAUTHENTICATED      no or wrong credentials
     ├─ PreconditionError    FAILED_PRECONDITION  see `reason`: APPEND_POSITION and others
     ├─ ExhaustedError       RESOURCE_EXHAUSTED   see `retry_after_seconds`
     ├─ DataLossError        DATA_LOSS            checksum mismatch; K and V lost with the device
     ├─ UnsupportedError     UNIMPLEMENTED        the server does not have it
+    ├─ DeadlineError        DEADLINE_EXCEEDED    the call took longer than it was given
+    ├─ InternalError        INTERNAL, UNKNOWN    device fault; a server that breaks the protocol
     └─ UnavailableError     UNAVAILABLE          no server, or one that is draining
 
-Any other code is a plain DynSplitError.
+Any other code is a plain DynSplitError. `PassthroughWarning` is what a call warns with that was
+told to return the caller's own tensors where the service is away.
 """
 
 from __future__ import annotations
@@ -79,8 +84,12 @@ class NotFoundError(DynSplitError):
     """NOT_FOUND."""
 
 
+class ExistsError(DynSplitError):
+    """ALREADY_EXISTS."""
+
+
 class NotAllowedError(DynSplitError):
-    """PERMISSION_DENIED."""
+    """PERMISSION_DENIED or UNAUTHENTICATED."""
 
 
 class PreconditionError(DynSplitError):
@@ -99,18 +108,38 @@ class UnsupportedError(DynSplitError):
     """UNIMPLEMENTED."""
 
 
+class DeadlineError(DynSplitError):
+    """DEADLINE_EXCEEDED."""
+
+
+class InternalError(DynSplitError):
+    """INTERNAL or UNKNOWN."""
+
+
 class UnavailableError(DynSplitError):
     """UNAVAILABLE."""
 
 
+class PassthroughWarning(UserWarning):
+    """A call returned the caller's own tensors, because the service could not do its work."""
+
+
+AWAY = (UnavailableError, ExhaustedError, DeadlineError, InternalError, DataLossError)
+"""Errors that are the service's, not the request's: what `on_error="passthrough"` stands for."""
+
 _CLASSES: dict[str, type[DynSplitError]] = {
     "INVALID_ARGUMENT": InvalidRequestError,
     "NOT_FOUND": NotFoundError,
+    "ALREADY_EXISTS": ExistsError,
     "PERMISSION_DENIED": NotAllowedError,
+    "UNAUTHENTICATED": NotAllowedError,
     "FAILED_PRECONDITION": PreconditionError,
     "RESOURCE_EXHAUSTED": ExhaustedError,
     "DATA_LOSS": DataLossError,
     "UNIMPLEMENTED": UnsupportedError,
+    "DEADLINE_EXCEEDED": DeadlineError,
+    "INTERNAL": InternalError,
+    "UNKNOWN": InternalError,
     "UNAVAILABLE": UnavailableError,
 }
 

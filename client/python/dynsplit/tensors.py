@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Element types, checksums, and tensors that lie in memory shared with the server."""
+"""Element types, checksums, and tensors: numpy's, torch's, and those in shared memory.
+
+numpy has no bfloat16 and no fp8. Such tensors are arrays of ml_dtypes' types where that package is
+installed, and elsewhere unsigned integers of the same width, for which calls take `dtype=`.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,12 @@ _DTYPES = (
     ("int8", types_pb2.DTYPE_INT8, 1),
     ("int32", types_pb2.DTYPE_INT32, 4),
 )
-_CODE_OF_NAME = {name: code for name, code, _ in _DTYPES}
-_NAME_OF_CODE = {code: name for name, code, _ in _DTYPES}
-_BYTES_OF_CODE = {code: size for _, code, size in _DTYPES}
+_CODE_OF_NAME: dict[str, types_pb2.DType] = {name: code for name, code, _ in _DTYPES}
+_NAME_OF_CODE: dict[int, str] = {code: name for name, code, _ in _DTYPES}
+_BYTES_OF_CODE: dict[int, int] = {code: size for _, code, size in _DTYPES}
 
 
-def dtype_code(name: str) -> int:
+def dtype_code(name: str) -> types_pb2.DType:
     """Wire code of an element type: "float32", "bfloat16" (also of ml_dtypes and torch), ...
 
     Raises:
@@ -39,7 +43,7 @@ def dtype_code(name: str) -> int:
     name = name.removeprefix("torch.")
     if name not in _CODE_OF_NAME:
         raise ValueError(f"element type is {name}; must be one of {', '.join(_CODE_OF_NAME)}")
-    return int(_CODE_OF_NAME[name])
+    return _CODE_OF_NAME[name]
 
 
 def dtype_bytes(code: int) -> int:
@@ -100,16 +104,166 @@ class RegionTensor:
         return math.prod(self.shape) * dtype_bytes(dtype_code(self.dtype))
 
 
-Tensor = npt.NDArray[Any] | RegionTensor
+@dataclasses.dataclass(frozen=True)
+class DeviceTensor:
+    """A torch tensor on a GPU."""
+
+    tensor: Any
+
+    @property
+    def dtype(self) -> str:
+        """Name of the element type."""
+        return str(self.tensor.dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As torch's."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return int(self.tensor.numel() * self.tensor.element_size())
+
+
+Array = Any
+"""numpy.ndarray, torch.Tensor (any device), or anything with `__dlpack__` or `__array__`."""
+
+Tensor = Array | RegionTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class HostTensor:
+    """Elements in host memory; `data` may be of any numpy type as wide as `dtype`."""
+
+    data: npt.NDArray[Any]
+    dtype: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As numpy's."""
+        return tuple(self.data.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return int(self.data.nbytes)
+
+    def dense_strides(self) -> tuple[int, ...] | None:
+        """Byte strides where the elements fill one piece of memory, the last axis innermost.
+
+        None for anything else. The axes may be in any order: K of [heads, tokens, channels] seen as
+        [tokens, heads, channels] can travel as it lies.
+        """
+        expected = self.data.itemsize
+        axes = sorted(range(self.data.ndim), key=lambda a: (self.data.strides[a], -a))
+        axes = [a for a in axes if self.data.shape[a] > 1]
+        last = self.data.ndim - 1
+        if self.data.size == 0 or (self.data.shape[last] > 1 and axes[0] != last):
+            return None
+        for axis in axes:
+            if self.data.strides[axis] != expected:
+                return None
+            expected *= self.data.shape[axis]
+        return tuple(self.data.strides)
+
+    def flat_bytes(self) -> npt.NDArray[np.uint8]:
+        """The elements in order of memory where `dense_strides` has some, else row-major; uint8."""
+        if self.dense_strides() is None:
+            return np.ascontiguousarray(self.data).reshape(-1).view(np.uint8)
+        order = sorted(range(self.data.ndim), key=lambda a: (-self.data.strides[a], a))
+        return self.data.transpose(order).reshape(-1).view(np.uint8)
+
+
+def is_torch(tensor: Any) -> bool:
+    """Whether it is a torch.Tensor, without importing torch."""
+    return type(tensor).__module__.split(".")[0] == "torch"
+
+
+def is_device(tensor: Any) -> bool:
+    """Whether it is a torch.Tensor on a GPU."""
+    return is_torch(tensor) and bool(tensor.is_cuda)
+
+
+def as_host(tensor: Tensor, dtype: str | None = None) -> HostTensor | RegionTensor:
+    """The tensor in host memory, without a copy where it lies there already.
+
+    Args:
+        tensor: of a type the wire has; tensors in regions pass through.
+        dtype: what the bits are, for arrays of unsigned integers ("bfloat16" in uint16).
+
+    Raises:
+        ValueError: the wire has no such type, or `dtype` has another width.
+    """
+    if isinstance(tensor, RegionTensor):
+        return tensor
+    if is_torch(tensor):
+        host = _from_torch(tensor)
+    elif isinstance(tensor, np.ndarray) or not hasattr(tensor, "__dlpack__"):
+        array = np.asarray(tensor)
+        host = HostTensor(array, str(array.dtype))
+    else:
+        array = np.from_dlpack(tensor)
+        host = HostTensor(array, str(array.dtype))
+    if dtype is not None and host.dtype in ("uint16", "uint8"):
+        host = HostTensor(host.data, dtype.removeprefix("torch."))
+    if dtype_bytes(dtype_code(host.dtype)) != host.data.itemsize:
+        raise ValueError(f"{host.dtype} does not fit elements of {host.data.itemsize} bytes")
+    return host
+
+
+def _from_torch(tensor: Any) -> HostTensor:
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.detach().cpu()
+    if name.startswith(("bfloat", "float8")):
+        bits = torch.int16 if plain.element_size() == 2 else torch.uint8
+        array = plain.view(bits).numpy()
+        return HostTensor(array.view(numpy_dtype(dtype_code(name))), name)
+    return HostTensor(plain.numpy(), name)
+
+
+def from_bytes(
+    data: npt.NDArray[np.uint8], code: int, shape: tuple[int, ...], like: Any = None
+) -> Array:
+    """An array over received bytes: of torch, on its device, where `like` is a tensor of it.
+
+    Args:
+        data: contiguous bytes; the array shares them (but for a copy to another device).
+        code: wire code of the elements' type.
+        shape: of the result.
+        like: a tensor whose kind and device the result takes; None = numpy.
+    """
+    if like is None or not is_torch(like):
+        return data.view(numpy_dtype(code)).reshape(shape)
+    import torch
+
+    dtype = getattr(torch, _NAME_OF_CODE[code])
+    return torch.from_numpy(data).view(dtype).reshape(shape).to(like.device)
+
+
+def to_torch(array: npt.NDArray[Any]) -> Any:
+    """A copy of a received array as a torch tensor of its element type, on the CPU.
+
+    Without ml_dtypes 16 bits are bfloat16 and 8 bits e4m3: what arrays of unsigned integers stand
+    for here.
+    """
+    import torch
+
+    name = str(array.dtype)
+    name = {"uint16": "bfloat16", "uint8": "float8_e4m3fn"}.get(name, name)
+    raw = torch.from_numpy(np.array(array).reshape(-1).view(np.uint8))
+    return raw.view(getattr(torch, name)).view(array.shape)
 
 
 @functools.cache
-def _crc_function() -> Callable[[int, memoryview], int]:
+def _crc_function() -> Callable[[int, npt.NDArray[np.uint8]], int]:
     try:
         import google_crc32c
 
         if google_crc32c.implementation == "c":
-            return lambda crc, data: int(google_crc32c.extend(crc, bytes(data)))
+            return lambda crc, data: int(google_crc32c.extend(crc, data))
     except ImportError:
         pass
     try:
@@ -122,9 +276,8 @@ def _crc_function() -> Callable[[int, memoryview], int]:
     crc32_iscsi.restype = ctypes.c_uint32
     crc32_iscsi.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32]
 
-    def extend(crc: int, data: memoryview) -> int:
-        array = np.frombuffer(data, np.uint8)
-        return int(crc32_iscsi(array.ctypes.data, len(array), crc ^ 0xFFFFFFFF)) ^ 0xFFFFFFFF
+    def extend(crc: int, data: npt.NDArray[np.uint8]) -> int:
+        return int(crc32_iscsi(data.ctypes.data, len(data), crc ^ 0xFFFFFFFF)) ^ 0xFFFFFFFF
 
     return extend
 
@@ -139,5 +292,6 @@ def crc32c(data: Any, crc: int = 0) -> int:
     Raises:
         ImportError: no library to compute it with.
     """
-    view = memoryview(data).cast("B")
-    return _crc_function()(crc, view) if len(view) else crc
+    view = memoryview(data)
+    # An array, because the package takes no views: bytes are not copied for it.
+    return _crc_function()(crc, np.frombuffer(view.cast("B"), np.uint8)) if view.nbytes else crc

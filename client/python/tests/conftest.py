@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
 import socket
 import subprocess
@@ -11,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dynsplit.sessions import SessionClient
 from fake_service import FakeService, serve
+
+from dynsplit import Client
+from dynsplit.sessions import SessionClient
 
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -42,18 +46,50 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionCl
     if request.param == "fake":
         yield request.getfixturevalue("fake")[1]
         return
+    with SessionClient(request.getfixturevalue("daemon").unix) as connected:
+        yield connected
+
+
+@dataclasses.dataclass(frozen=True)
+class Daemon:
+    """Addresses of a running dynsplitd."""
+
+    unix: str
+    tcp: str
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A server of its own on the CPU; ends cleanly, or the test fails."""
+    with run_daemon(tmp_path) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of a server that the tests of a module share."""
+    with (
+        run_daemon(tmp_path_factory.mktemp("daemon")) as running,
+        Client(running.unix) as connected,
+    ):
+        yield connected
+
+
+@contextlib.contextmanager
+def run_daemon(folder: Path, *options: str) -> Iterator[Daemon]:
+    """dynsplitd with a socket in `folder`; what a sanitizer found fails the test, too."""
     binary = _binary()
     if binary is None:
         pytest.skip("no dynsplitd with sessions: set DYNSPLITD")
-    path = tmp_path / "server.sock"
-    command = [binary, "--backend=cpu", "--threads=2", "--listen=127.0.0.1:0"]
+    path = folder / "server.sock"
+    port = _free_port()
+    command = [binary, "--backend=cpu", "--threads=2", f"--listen=127.0.0.1:{port}"]
     command += ["--metrics-listen=127.0.0.1:0", f"--unix-socket={path}", "--regions=shm"]
-    with (tmp_path / "server.log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log)
+    with (folder / "server.log").open("wb") as log:
+        server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
     try:
         _wait_for(path, server)
-        with SessionClient(f"unix:{path}") as connected:
-            yield connected
+        yield Daemon(f"unix:{path}", f"127.0.0.1:{port}")
     finally:
         server.terminate()
         try:
@@ -61,8 +97,14 @@ def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SessionCl
         except subprocess.TimeoutExpired:
             server.kill()
             raise
-    # What a sanitizer found makes it fail, too.
-    assert status == 0, (tmp_path / "server.log").read_text()
+    assert status == 0, (folder / "server.log").read_text()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _wait_for(path: Path, server: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 import numpy.typing as npt
+
 from dynsplit import errors, tensors
 from dynsplit.v1 import (
     compression_pb2,

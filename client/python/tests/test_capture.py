@@ -6,6 +6,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from dynsplit.capture import __main__ as command
 from dynsplit.capture import sources
 from dynsplit.capture.container import write_tensors
@@ -17,7 +19,6 @@ from dynsplit.capture.llama import (
     rotate,
     silu,
 )
-from safetensors.numpy import load_file
 
 
 def _random(*shape: int) -> Array:

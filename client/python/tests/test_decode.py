@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
+from gguf import GGUFReader, GGUFWriter
+
 from dynsplit.capture.llama import Array, LlamaModel
 from dynsplit.sessions import Gather, SessionClient, Step, index_policy
-from gguf import GGUFReader, GGUFWriter
 
 LAYERS, Q_HEADS, KV_HEADS, DIM, VOCAB, FFN = 3, 4, 2, 16, 64, 96
 PROMPT, STEPS, APPEND_EVERY = 150, 40, 12

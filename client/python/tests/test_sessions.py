@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fake_service import FakeService, serve
+
 from dynsplit import errors, tensors
 from dynsplit.sessions import Gather, SessionClient, Step, Stored, index_policy, tensor_at
 from dynsplit.shared import HostRegion
-from fake_service import FakeService, serve
 
 LAYERS, Q_HEADS, KV_HEADS, DIM = 3, 4, 2, 16
 
