@@ -186,7 +186,7 @@ class LayerBench {
   // Most bytes that `run` holds in the pool at a time, beyond those held before it.
   double Peak(const std::function<void()>& run) {
     const int64_t before = device_.pool->bytes_in_use();
-    
+
     run();
     Check(cudaStreamSynchronize(device_.launch.stream));
     return static_cast<double>(device_.pool->bytes_in_use() - before);
