@@ -4,8 +4,7 @@
 // dynsplitd, RPC included, beside a ceiling of the same run. Llama-3.1-8B's shape, bf16, random.
 //
 //   --kind shm       streamingllm of --gib GiB in system shared memory. Ceiling: copying from
-//   pinned
-//                    memory to the device (memcpy where the server has none).
+//                    pinned memory to the device (memcpy where the server has none).
 //   --kind cuda-ipc  dynsplit, 20 %, 64 window queries with their log-sum-exp, in this process's
 //                    device memory. Floor: the sum of the operations' own times, which the same
 //                    pipeline runs here on the same tensors, each operation several times in a row.
@@ -49,13 +48,11 @@ constexpr int64_t kElementBytes = 2;
 constexpr int64_t kRowBytes = kHeads * kDim * kElementBytes;  // of K or V of a token
 constexpr int64_t kWindow = 64;
 constexpr int64_t kAlignment = 256;
-constexpr int64_t kGranuleBytes = int64_t{2} << 20;  // what an IPC handle shares at least
 constexpr int32_t kVocabulary = 49152;
 constexpr const char* kProfile = "smollm2_table7";
 constexpr int64_t kStreamingKept = 1024;  // tokens of the shm request's small result
 constexpr int64_t kTinyTokens = 256;
 constexpr int kTinyCalls = 50;
-constexpr int kOperationRuns = 8;
 
 struct Arguments {
   std::string target;
@@ -146,6 +143,9 @@ class HostMemory final : public Memory {
 };
 
 #ifdef DYNSPLIT_HAVE_CUDA
+constexpr int64_t kGranuleBytes = int64_t{2} << 20;  // what an IPC handle shares at least
+constexpr int kOperationRuns = 8;
+
 void CheckCuda(cudaError_t error, const char* call) {
   if (error != cudaSuccess) Fail(std::string(call) + ": " + cudaGetErrorString(error));
 }

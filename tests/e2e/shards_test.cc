@@ -229,7 +229,7 @@ TEST_F(ShardsByHandTest, LaterShardsMayComeFirst) {
   request.End(1, 4);
   request.End(0, 3);
   int64_t bytes = 0;
-  for (const size_t i : {0, 1, 2}) {
+  for (const size_t i : {0U, 1U, 2U}) {
     request.Finish(i, &bytes);
     EXPECT_EQ(request.code(i), Code::OK) << request.message(i);
   }
@@ -249,12 +249,12 @@ TEST_F(ShardsByHandTest, EarlyLayersWait) {
   request.Begin(0, script, 0, 2);
   request.Begin(1, script, 1, 2);
   request.Accepted();
-  for (const size_t i : {4, 5, 6}) request.Write(1, script.tensors[i]);
+  for (const size_t i : {4U, 5U, 6U}) request.Write(1, script.tensors[i]);
   absl::SleepFor(absl::Milliseconds(100));
-  for (const size_t i : {0, 1, 2, 3}) request.Write(0, script.tensors[i]);
+  for (const size_t i : {0U, 1U, 2U, 3U}) request.Write(0, script.tensors[i]);
   request.End(0, 4);
   request.End(1, 3);
-  for (const size_t i : {0, 1}) {
+  for (const size_t i : {0U, 1U}) {
     request.Finish(i);
     EXPECT_EQ(request.code(i), Code::OK) << request.message(i);
   }
@@ -305,7 +305,7 @@ TEST_P(ShardFaultTest, EndsBoth) {
   request.Begin(1, script_, 1, 2);
   request.Accepted();
   GetParam().send(request, script_);
-  for (const size_t i : {0, 1}) {
+  for (const size_t i : {0U, 1U}) {
     const wire::RichError error = request.Finish(i);
     EXPECT_EQ(request.code(i), GetParam().code) << request.message(i);
     EXPECT_NE(request.message(i).find(GetParam().subject), std::string::npos) << request.message(i);

@@ -2,6 +2,7 @@
 //
 // First byte: the method. The rest: a Begin, as any caller may claim it. What the server accepts
 // must hold together; what it refuses must be the caller's fault.
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 
@@ -10,7 +11,10 @@
 #include "server/rpc/begin_adapter.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
+#include "server/rpc/shard_table.h"
 #include "server/runtime/layer_work.h"
+#include "server/runtime/output_need.h"
+#include "server/runtime/output_room.h"
 #include "tests/fuzz/begin_seeds.h"
 
 namespace {
@@ -61,6 +65,32 @@ void CheckExtent(const RequestTensor& tensor) {
   Check(end == tensor.byte_size);
 }
 
+// All of the room can be taken, in its place, and not a byte more.
+void CheckOutput(const RequestSpec& spec, const dynsplit::v1::Begin& begin) {
+  const dynsplit::v1::RegionSlice& slice = begin.output().region();
+  Check(slice.offset_bytes() % dynsplit::OutputRoom::kAlignmentBytes == 0);
+  const int64_t least_bytes = OutputNeedOf(spec).least_bytes;
+  Check(least_bytes >= 0 && least_bytes <= OutputNeedOf(spec).most_bytes);
+  const auto first = spec.output->Take(std::max<int64_t>(least_bytes, 1));
+  Check(first.ok());
+  Check(spec.output->NameOf(first->data()).offset_bytes == slice.offset_bytes());
+  for (const RequestTensor& tensor : spec.tensors) {
+    Check(!tensor.located() || !spec.output->Holds(tensor.place.data));
+  }
+  Check(!spec.output
+             ->Take(begin.output().byte_size() == 0 ? kMaxTensorBytes : begin.output().byte_size())
+             .ok());
+}
+
+// A later shard names its request, and nothing else.
+void CheckLaterShard(const dynsplit::v1::Begin& begin) {
+  const auto names = dynsplit::rpc::LaterShardFromBegin(begin);
+  if (!names.ok()) return Check(IsCallersFault(names.status()));
+  Check(!names->request_id.empty() && !names->tenant.empty());
+  Check(begin.num_shards() > begin.shard_index());
+  Check(begin.tensors_size() == 0 && !begin.has_shape());
+}
+
 void CheckAccepted(const RequestSpec& spec, const dynsplit::v1::Begin& begin) {
   const dynsplit::SequenceShape& shape = spec.sequence.shape;
   Check(static_cast<int>(spec.tensors.size()) == begin.tensors_size());
@@ -78,6 +108,10 @@ void CheckAccepted(const RequestSpec& spec, const dynsplit::v1::Begin& begin) {
   }
   Check(spec.fetch_layers.empty() == (spec.method != Method::kFetch));
   Check(spec.plan.has_value() == (spec.method == Method::kApply));
+  Check((spec.output != nullptr) == begin.has_output());
+  if (spec.output != nullptr) CheckOutput(spec, begin);
+  Check(spec.num_shards >= 1 && spec.num_shards <= dynsplit::rpc::kMaxShards);
+  Check(spec.num_shards == 1 || !spec.request_id.empty());
   for (const bool device_has_own_memory : {false, true}) {
     Check(ReservationBytes(spec, device_has_own_memory) > 0);
   }
@@ -95,6 +129,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static const google::protobuf::LogSilencer silencer;  // of strings that are not UTF-8
   dynsplit::v1::Begin begin;
   if (!begin.ParseFromArray(data + 1, static_cast<int>(size - 1))) return 0;
+  if (begin.shard_index() != 0) CheckLaterShard(begin);
   const auto method = static_cast<Method>(data[0] % 7);
   const auto spec = dynsplit::ReadBegin(begin, method, Profiles());
   if (spec.ok()) {

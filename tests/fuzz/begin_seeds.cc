@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/fuzz/begin_seeds.h"
 
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstdlib>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +23,9 @@ constexpr int32_t kTokens = 48;
 constexpr int32_t kHeadDim = 8;
 constexpr int32_t kQueries = 4;
 constexpr int32_t kPageSize = 16;
+constexpr const char* kRegion = "seeds";
+constexpr int64_t kRegionBytes = int64_t{1} << 20;
+constexpr uint64_t kRegionGeneration = 1;  // in place of the one that a store draws
 
 v1::TensorDescriptor& AddTensor(v1::Begin& begin, v1::TensorKind kind, v1::DType dtype,
                                 int64_t byte_size) {
@@ -188,21 +196,89 @@ v1::Begin Keep() {
   return begin;
 }
 
+// K and V in a region, and room for the result behind them.
+v1::Begin InRegions() {
+  v1::Begin begin = Dense();
+  int64_t offset_bytes = 0;
+  for (v1::TensorDescriptor& tensor : *begin.mutable_tensors()) {
+    if (tensor.kind() != v1::TENSOR_KIND_KEY && tensor.kind() != v1::TENSOR_KIND_VALUE) continue;
+    v1::RegionSlice& slice = *tensor.mutable_location()->mutable_region();
+    slice.set_name(kRegion);
+    slice.set_generation(kRegionGeneration);
+    slice.set_offset_bytes(offset_bytes);
+    offset_bytes += tensor.byte_size();
+  }
+  v1::RegionSlice& room = *begin.mutable_output()->mutable_region();
+  room.set_name(kRegion);
+  room.set_generation(kRegionGeneration);
+  room.set_offset_bytes(kRegionBytes / 2);
+  begin.mutable_output()->set_byte_size(kRegionBytes / 4);
+  return begin;
+}
+
+v1::Begin FirstShard() {
+  v1::Begin begin = Dense();
+  begin.set_num_shards(4);
+  return begin;
+}
+
+// The shared memory that requests of seeds name.
+class SeedRegions {
+ public:
+  explicit SeedRegions(Backend& backend)
+      : store_({.allow_shm = true, .files = &files_}, {&backend}) {
+    FileDescriptor file(memfd_create(kRegion, MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    const std::string token(PassedFiles::kTokenBytes, 's');
+    if (ftruncate(file.number(), kRegionBytes) != 0 ||
+        fcntl(file.number(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0 ||
+        !files_.Add({.token = token, .file = std::move(file)}).ok()) {
+      std::abort();
+    }
+    const absl::StatusOr<RegionStore::Info> info =
+        store_.Register({.name = kRegion,
+                         .byte_size = kRegionBytes,
+                         .writable = true,
+                         .lease = absl::InfiniteDuration(),
+                         .file_token = token});
+    if (!info.ok()) std::abort();
+    generation_ = info->generation;
+  }
+
+  const RegionStore& store() const { return store_; }
+  // With the generation that the store drew.
+  v1::Begin Named(v1::Begin begin) const {
+    for (v1::TensorDescriptor& tensor : *begin.mutable_tensors()) {
+      if (tensor.location().has_region()) Name(*tensor.mutable_location()->mutable_region());
+    }
+    if (begin.output().has_region()) Name(*begin.mutable_output()->mutable_region());
+    return begin;
+  }
+
+ private:
+  void Name(v1::RegionSlice& slice) const {
+    if (slice.generation() == kRegionGeneration) slice.set_generation(generation_);
+  }
+
+  PassedFiles files_;
+  RegionStore store_;
+  uint64_t generation_ = 0;
+};
+
 }  // namespace
 
 absl::StatusOr<RequestSpec> ReadBegin(const v1::Begin& begin, Method method,
                                       const ProfileStore& profiles) {
   static Backend& backend = *CreateCpuBackend({.num_threads = 1})->release();
-  static const auto& regions = *new RegionStore({.allow_shm = true}, {&backend});
+  static const auto& regions = *new SeedRegions(backend);
   static const auto& target = *new rpc::TargetSession([&profiles] {
     const auto opening = rpc::SpecFromBegin(OfSession(Method::kOpen), Method::kOpen,
-                                            {.profiles = profiles, .regions = regions});
+                                            {.profiles = profiles, .regions = regions.store()});
     return rpc::TargetSession{.spec = opening->opening->resident, .segmentation = {}};
   }());
   const bool targeted = method == Method::kAppend || method == Method::kFetch;
-  return rpc::SpecFromBegin(begin, method,
+  return rpc::SpecFromBegin(regions.Named(begin), method,
                             {.profiles = profiles,
-                             .regions = regions,
+                             .regions = regions.store(),
                              .target = targeted ? &target : nullptr,
                              .fallback_request_id = "fallback"});
 }
@@ -216,6 +292,8 @@ absl::StatusOr<std::vector<BeginSeed>> BeginSeeds() {
     seeds.push_back({rpc::MethodName(method), method, OfSession(method)});
   }
   seeds.push_back({"keep", Method::kCompress, Keep()});
+  seeds.push_back({"output", Method::kCompress, InRegions()});
+  seeds.push_back({"shards", Method::kCompress, FirstShard()});
   const auto profiles = ProfileStore::Create({.default_name = "smollm2", .directory = ""});
   if (!profiles.ok()) return profiles.status();
   for (const BeginSeed& seed : seeds) {

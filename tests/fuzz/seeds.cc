@@ -107,6 +107,13 @@ absl::Status WriteBegins(const std::string& folder) {
     Write(folder + "/" + seed.name,
           static_cast<char>(seed.method) + seed.begin.SerializeAsString());
   }
+  v1::Begin later;  // none that begins a request
+  later.set_request_id("seed");
+  later.set_tenant("seeds");
+  later.set_shard_index(3);
+  later.set_num_shards(4);
+  Write(folder + "/later_shard",
+        static_cast<char>(dynsplit::Method::kCompress) + later.SerializeAsString());
   return absl::OkStatus();
 }
 
@@ -149,6 +156,26 @@ void WriteProfiles(const std::string& folder) {
         "drain-timeout = 1.5\nreflection = no\n");
 }
 
+// Steps as passed_file_fuzzer.cc reads them: what a packet attaches, and its token.
+void WritePackets(const std::string& folder) {
+  const auto packet = [](char num_files, char choices, const std::string& token) {
+    return std::string({'\0', num_files, choices, static_cast<char>(token.size())}) + token;
+  };
+  const std::string token(16, 't');
+  const std::string find("\1\0", 2);
+  const std::string remove("\2\0", 2);
+  const std::string sealed = packet(1, 0, token);
+  Write(folder + "/taken", sealed + find + remove + find);
+  Write(folder + "/late", sealed + find + "\3\x1e" + find + sealed);
+  Write(folder + "/twice", sealed + sealed);
+  Write(folder + "/full", sealed + packet(1, 0, std::string(16, 'u')) +
+                              packet(1, 0, std::string(16, 'v')) +
+                              packet(1, 0, std::string(16, 'w')));
+  Write(folder + "/wrong", packet(1, 1, token) + packet(1, 2, token) + packet(1, 3, token) +
+                               packet(2, 0, token) + packet(4, 0, token) + packet(0, 0, token) +
+                               packet(0, 0, "") + packet(1, 0, "") + packet(1, 0, token + "t"));
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -157,7 +184,8 @@ int main(int argc, char** argv) {
     return 2;
   }
   const std::string folder = argv[1];
-  for (const char* name : {"frame", "container", "safetensors", "begin", "profile", "select"}) {
+  for (const char* name :
+       {"frame", "container", "safetensors", "begin", "profile", "select", "passed_file"}) {
     std::filesystem::create_directories(folder + "/" + name);
   }
   WriteFrames(folder + "/frame");
@@ -166,6 +194,7 @@ int main(int argc, char** argv) {
   status.Update(WriteBegins(folder + "/begin"));
   WriteProfiles(folder + "/profile");
   WriteSelects(folder + "/select");
+  WritePackets(folder + "/passed_file");
   if (status.ok()) return 0;
   std::cerr << status << "\n";
   return 1;
