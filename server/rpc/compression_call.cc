@@ -585,6 +585,7 @@ grpc::ByteBuffer CompressionCall::EncodeEnd() {
     services_.sessions.Publish(end_->opened);
     published_ = end_->opened->id();
     end_->session = Snapshot(*end_->opened, services_.sessions);
+    end_->opened.reset();  // released, it goes at once
   }
   if (end_->session.has_value()) {
     *end.mutable_session() = SessionToProto(*end_->session, services_.endpoint());

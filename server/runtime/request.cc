@@ -362,6 +362,9 @@ void Request::Deliver() {
     EndOutput end = std::move(end_);
     mu_.Unlock();
     absl::StatusOr<EndOutput> result = MakeEnd(std::move(end));
+    // Who hears of the end may release the session, and open another in its place.
+    spec_.opened.reset();
+    spec_.session = {};
     if (result.ok()) {
       sink_->OnEnd(*std::move(result));
     } else {

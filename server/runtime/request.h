@@ -197,7 +197,7 @@ class Request : public std::enable_shared_from_this<Request> {
   void Record(const ComputedLayer& output) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
 
   // Constant after construction.
-  const RequestSpec spec_;
+  RequestSpec spec_;  // its sessions go before the end is told; the rest stays
   Executor& executor_;
   const std::shared_ptr<ResultSink> sink_;
   const Reservation reservation_;
