@@ -81,14 +81,15 @@ step cpu 200 "$(program bench_cpu)" --benchmark_min_time=0.5
 step scaling 280 "$(program bench_scaling)" 0.5
 DYNSPLITD=$(program dynsplitd) step transport 280 "$(program bench_transport)"
 if ((has_gpu)); then backend=cuda gib=8; else backend=cpu gib=2; fi
-step regions_shm 280 "$(script regions.sh)" "$backend" "$(program dynsplitd)" "$(program bench_regions)" --kind shm --gib "$gib"
-gpu_step regions_ipc 280 "$(script regions.sh)" cuda "$(program dynsplitd)" "$(program bench_regions)" \
+step regions_shm 280 "$(script with_server.sh)" "$backend" "$(program dynsplitd)" "$(program bench_regions)" \
+  --kind shm --gib "$gib"
+gpu_step regions_ipc 280 "$(script with_server.sh)" cuda "$(program dynsplitd)" "$(program bench_regions)" \
   --kind cuda-ipc --tokens 131072
 gpu_step bytes 200 "$(program bench_bytes)"
 gpu_step gpu 200 "$(program bench_layer)"
 gpu_step selection 200 "$(program bench_selection)"
 gpu_step decode 200 "$(program bench_decode)"
-gpu_step select 280 "$(script select.sh)" "$(program dynsplitd)" "$(program bench_select)" \
+gpu_step select 280 "$(script with_server.sh)" cuda "$(program dynsplitd)" "$(program bench_select)" \
   --ipc --tokens 131072 --layers 32
 
 {

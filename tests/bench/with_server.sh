@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# regions.sh BACKEND DYNSPLITD BENCH_REGIONS [FLAG...]: bench_regions with these flags against a server of its own
-# on a unix socket, which shares memory with its clients. BACKEND is cpu or cuda.
+# with_server.sh BACKEND DYNSPLITD BENCH [FLAG...]: a benchmark with these flags against a server of its own on a
+# unix socket, which shares memory with its clients. BACKEND is cpu or cuda.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=tests/mps.sh
