@@ -77,6 +77,7 @@ class Meeting {
           : "r"(address_), "r"(parity_)
           : "memory");
     }
+    __syncwarp();
     parity_ ^= 1;
   }
 
@@ -204,15 +205,22 @@ __device__ void MaskItems(const Pass& pass, int h, int64_t first, int first_row,
   const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
   const int upper = first_row + thread / kWarp * 16 + thread % kWarp / 4;
   const int window = pass.queries.window;
+  const auto num_tokens = static_cast<int>(pass.num_tokens);
+  const int last_visible[2] = {num_tokens - window + upper % window,
+                               num_tokens - window + (upper + 8) % window};
+  const auto column = static_cast<int>(first) + thread % 4 * 2;
+  const int num_here = static_cast<int>(pass.num_items) - column;
+  const int32_t* positions = pass.positions;
+  if (positions != nullptr)
+    positions += (pass.positions_per_head ? h * pass.num_items : 0) + column;
 #pragma unroll
   for (int i = 0; i < kTileItems / 4; ++i) {
-    const int64_t n = first + i / 2 * 8 + thread % 4 * 2 + i % 2;
-    const int64_t position = n < pass.num_items ? pass.Position(h, n) : pass.num_tokens;
+    const int place = i / 2 * 8 + i % 2;
+    int position = num_tokens;  // visible to none
+    if (place < num_here) position = positions == nullptr ? column + place : positions[place];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float& logit = logits[i / 2 * 4 + 2 * half + i % 2];
-      const int row = upper + half * 8;
-      if (position > pass.num_tokens - window + row % window) logit = -INFINITY;
+      if (position > last_visible[half]) logits[i / 2 * 4 + 2 * half + i % 2] = -INFINITY;
     }
   }
 }
@@ -368,12 +376,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t rows = SharedAddress(queries) + static_cast<uint32_t>(group * Shared::kRowsBytes);
   const uint32_t low_rows = rows + kGroups * Shared::kRowsBytes;
   const int64_t first_masked = pass.num_items - pass.queries.window + 1;  // positions ascend
-  const uint2* const marks =
-      kMarked ? pass.marks + (pass.positions_per_head ? h : 0) * pass.mark_stride() : nullptr;
+  const int first_mark = pass.positions_per_head ? h * static_cast<int>(pass.mark_stride()) : 0;
   const Turns turns(group, num_groups);
   RowState<kSteps> state;
   for (; !tiles.done(); tiles.Advance()) {
-    const uint2 tile_marks = kMarked ? marks[tiles.index()] : make_uint2(0, 0);
+    const uint2 marks = kMarked ? pass.marks[first_mark + tiles.index()] : make_uint2(0, 0);
     Logits logits;
     MultiplyKeys<T, kSteps, kTurned>(rows, low_rows, tiles.keys(), logits);
     if (tiles.first() + kTileItems > first_masked) {
@@ -382,7 +389,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     RaiseMaxima<kSteps>(logits, pass.scale_log2, state);
     Factors high;
     Factors low;
-    Weigh<T, kSteps, kMarked>(logits, pass.scale_log2, tile_marks, state, high, low);
+    Weigh<T, kSteps, kMarked>(logits, pass.scale_log2, marks, state, high, low);
     tiles.AnnounceNext();
     AddValues<T, kSteps>(high, low, tiles.values(), turns, state);
   }

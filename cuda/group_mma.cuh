@@ -100,9 +100,9 @@ __device__ inline void CopySwizzledRows(const TensorView& items, int64_t num_ite
   constexpr int kRowChunks = kSteps * 2;
   constexpr int kRowsATime = kTeam / kRowChunks;
   static_assert(kRowsATime % kSwizzleRows == 0 && kRows % kRowsATime == 0);
-  const int thread = static_cast<int>(threadIdx.x) % kTeam;
-  const int row = thread / kRowChunks;
-  const int chunk = thread % kRowChunks;
+  const unsigned thread = threadIdx.x % kTeam;
+  const auto row = static_cast<int>(thread / kRowChunks);
+  const auto chunk = static_cast<int>(thread % kRowChunks);
   std::byte* const to = array + SwizzledByte<kRows>(row, chunk);
   if (items.block_table == nullptr && first + kRows <= num_items) {
     const std::byte* from = items.data + h * items.head_stride_bytes +

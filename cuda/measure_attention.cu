@@ -310,13 +310,14 @@ absl::Status AttendOriginals(const MeasureAttentionParams& params, const Layout&
                              float* base, Passes& passes, cudaStream_t stream) {
   const DType dtype = params.queries.dtype;
   absl::Status status;
-  if (layout.marked) status = MarkTokens(params, layout, base, passes.all, stream);
+  if (layout.marked) status.Update(MarkTokens(params, layout, base, passes.all, stream));
   if (status.ok()) {
-    status = PrepareQueries(params, layout, RotationTable{}, base, passes.all.queries, stream);
+    status.Update(
+        PrepareQueries(params, layout, RotationTable{}, base, passes.all.queries, stream));
   }
   passes.mass.queries = passes.kept.queries = passes.all.queries;
-  if (status.ok()) status = Attend(passes.all, dtype, stream);
-  if (status.ok() && !layout.marked) status = Attend(passes.mass, dtype, stream);
+  if (status.ok()) status.Update(Attend(passes.all, dtype, stream));
+  if (status.ok() && !layout.marked) status.Update(Attend(passes.mass, dtype, stream));
   return status;
 }
 
@@ -372,7 +373,7 @@ absl::Status MeasureAttention(const MeasureAttentionParams& params, const Launch
 
   absl::Status status = AttendOriginals(params, layout, base, passes, launch.stream);
   if (status.ok() && with_values) {
-    status = AttendKept(params, layout, base, passes, launch.stream);
+    status.Update(AttendKept(params, layout, base, passes, launch.stream));
   }
   if (!status.ok()) return status;
   return SumLosses(params, layout, passes, base + layout.losses, launch.stream);
