@@ -13,7 +13,8 @@
 namespace dynsplit::kernels {
 
 // Queries as rows [Hkv, rows, depth_padded]. high + low are the fp32 rows in halves of the keys'
-// 16-bit type (tensor cores); low is null where the queries are of that type to begin with.
+// 16-bit type (tensor cores), null for others; low is null where the queries are of that type to
+// begin with.
 struct Queries {
   const float* packed = nullptr;
   const void* high = nullptr;
@@ -73,9 +74,5 @@ inline constexpr int kAttendTile = 64;  // rows of a thread block, and items at 
 bool UsesGroupMma(const Pass& pass, DType queries_dtype);
 int GroupSplits(const Pass& pass, int num_sms);  // one wave of thread blocks
 absl::Status AttendGroup(const Pass& pass, cudaStream_t stream);
-
-// fp32 rows -> high (and low, unless null) halves of `dtype`.
-absl::Status SplitQueries(const float* packed, int64_t count, DType dtype, void* high, void* low,
-                          cudaStream_t stream);
 
 }  // namespace dynsplit::kernels

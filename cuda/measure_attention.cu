@@ -9,6 +9,7 @@
 
 #include "cuda/attend.cuh"
 #include "cuda/cuda_status.h"
+#include "cuda/mma.cuh"
 #include "cuda/operations.h"
 #include "cuda/rotation.cuh"
 
@@ -28,12 +29,26 @@ __device__ float LoadAnyElement(const TensorView& view, bool aligned, int64_t t,
   return result;
 }
 
+// value = high + low, the latter if wanted.
+template <typename T>
+__device__ void SplitInto(float value, int64_t index, void* high, void* low) {
+  static_cast<T*>(high)[index] = static_cast<T>(value);
+  if (low != nullptr) static_cast<T*>(low)[index] = static_cast<T>(Remainder<T>(value));
+}
+
+struct PackedRows {
+  float* packed;
+  void* high;  // of the view's type; null = not wanted
+  void* low;   // null = not wanted
+  int64_t count;
+};
+
 // One thread a packed element; queries turned by -delta positions where rotation has a dimension.
 __global__ void __launch_bounds__(kThreads)
     PackTurnedKernel(TensorView view, bool aligned, Queries queries, RotationTable rotation,
-                     int delta, int64_t count, float* packed) {
+                     int delta, PackedRows out) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= count) return;
+  if (index >= out.count) return;
   const int64_t row = index / queries.depth_padded;
   const auto channel = static_cast<int>(index - row * queries.depth_padded);
   const auto h = static_cast<int>(row / queries.rows);
@@ -54,7 +69,13 @@ __global__ void __launch_bounds__(kThreads)
       value = is_x ? TurnX(value, partner, angle) : TurnY(partner, value, angle);
     }
   }
-  packed[index] = value;
+  out.packed[index] = value;
+  if (out.high == nullptr) return;
+  if (view.dtype == DType::kFloat16) {
+    SplitInto<__half>(value, index, out.high, out.low);
+  } else {
+    SplitInto<__nv_bfloat16>(value, index, out.high, out.low);
+  }
 }
 
 // Joined sums of a row, for all lanes of a warp.
@@ -185,14 +206,6 @@ absl::Status Attend(const Pass& pass, DType queries_dtype, cudaStream_t stream) 
   return UsesTensorCores(pass, queries_dtype) ? AttendMma(pass, stream) : AttendSimt(pass, stream);
 }
 
-absl::Status PackTurned(const TensorView& view, const Queries& queries,
-                        const RotationTable& rotation, int64_t delta, int64_t count, float* packed,
-                        cudaStream_t stream) {
-  PackTurnedKernel<<<static_cast<unsigned>(CeilDiv(count, kThreads)), kThreads, 0, stream>>>(
-      view, HasAlignedChunks(view), queries, rotation, static_cast<int>(delta), count, packed);
-  return LaunchStatus("PackTurnedKernel");
-}
-
 // Scratch in floats, carved from one allocation.
 class FloatArena {
  public:
@@ -275,17 +288,19 @@ struct Layout {
 absl::Status PrepareQueries(const MeasureAttentionParams& params, const Layout& layout,
                             const RotationTable& rotation, float* base, Queries& queries,
                             cudaStream_t stream) {
+  const bool halved = DTypeBytes(params.queries.dtype) == 2;
   const bool turned = rotation.rotary_dim > 0;
-  queries.packed = base + layout.packed;
-  absl::Status status =
-      PackTurned(params.queries, queries, rotation, turned ? params.query_shift : 0,
-                 layout.packed_count, base + layout.packed, stream);
-  if (!status.ok() || DTypeBytes(params.queries.dtype) != 2) return status;
-  queries.high = base + layout.high;
-  queries.low = turned ? base + layout.low : nullptr;
-  status.Update(SplitQueries(queries.packed, layout.packed_count, params.queries.dtype,
-                             base + layout.high, turned ? base + layout.low : nullptr, stream));
-  return status;
+  const PackedRows out = {.packed = base + layout.packed,
+                          .high = halved ? base + layout.high : nullptr,
+                          .low = halved && turned ? base + layout.low : nullptr,
+                          .count = layout.packed_count};
+  queries.packed = out.packed;
+  queries.high = out.high;
+  queries.low = out.low;
+  PackTurnedKernel<<<static_cast<unsigned>(CeilDiv(out.count, kThreads)), kThreads, 0, stream>>>(
+      params.queries, HasAlignedChunks(params.queries), queries, rotation,
+      turned ? static_cast<int>(params.query_shift) : 0, out);
+  return LaunchStatus("PackTurnedKernel");
 }
 
 // Gives the first pass its marks.
