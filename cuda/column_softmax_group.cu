@@ -78,7 +78,8 @@ __device__ void FetchItems(const GroupArgs& args, int h, int64_t first, std::byt
   CommitCopies();
 }
 
-// A batch of products: 64 rows of one array times kCols of another, from `first_col` on.
+// A batch of products: 64 rows of one array times kCols of another, from `first_col` on. The next
+// warpgroup's are enqueued behind it.
 template <typename T, int kSteps, int kArrayCols, int kCols>
 __device__ void MultiplyBatch(uint32_t rows, uint32_t cols, int first_col, const Turns& turns,
                               float (&sum)[kCols / 2]) {
@@ -294,6 +295,10 @@ __global__ void __launch_bounds__(kThreads, 1) SumColumnsKernel(GroupArgs args) 
   ShowToGroupMma();
   __syncthreads();
 
+  const uint32_t base = SharedAddress(AlignShared(shared));
+  const uint32_t stages_address = base + static_cast<uint32_t>(group * kStages * kTileBytes);
+  const uint32_t rows_address = base + static_cast<uint32_t>(kGroups * kStages * kTileBytes);
+  const int num_batches = num_rows / kCols;
   const Turns turns(group, kGroups);
   float logits[kCols / 2];
   float sums[2] = {};
@@ -305,12 +310,15 @@ __global__ void __launch_bounds__(kThreads, 1) SumColumnsKernel(GroupArgs args) 
       FetchItems<kSteps, kGroupRows, kGroupThreads>(args, h, first + stride + lead,
                                                     stages + (stage ^ 1) * kTileBytes);
     }
-    const uint32_t tile = SharedAddress(stages + stage * kTileBytes);
+    const uint32_t tile = stages_address + static_cast<uint32_t>(stage * kTileBytes);
+    uint32_t batch = rows_address;
+    const float* batch_offsets = offsets;
 #pragma unroll 1
-    for (int row = 0; row < num_rows; row += kCols) {
-      MultiplyBatch<T, kSteps, kCols, kCols>(tile, SharedAddress(rows + row * kRowBytes), 0, turns,
-                                             logits);
-      AddRows<kCols>(logits, args.scale_log2, offsets + row, sums);
+    for (int i = 0; i < num_batches; ++i) {
+      MultiplyBatch<T, kSteps, kCols, kCols>(tile, batch, 0, turns, logits);
+      AddRows<kCols>(logits, args.scale_log2, batch_offsets, sums);
+      batch += kCols * kRowBytes;
+      batch_offsets += kCols;
     }
     WriteSums(args, h, first + lead, sums);
   }
