@@ -356,6 +356,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   __shared__ uint64_t meeting;
   std::byte* const queries = AlignShared(shared);
   WaitForEarlierGrids();
+  AllowDependents();
   const int h = static_cast<int>(blockIdx.z);
   const int group = GroupIndex();
   const int block_row = static_cast<int>(blockIdx.y) * kBlockRows;

@@ -9,6 +9,7 @@
 
 #include "cuda/attend.cuh"
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/mma.cuh"
 #include "cuda/operations.h"
 #include "cuda/rotation.cuh"
@@ -36,19 +37,27 @@ __device__ void SplitInto(float value, int64_t index, void* high, void* low) {
   if (low != nullptr) static_cast<T*>(low)[index] = static_cast<T>(Remainder<T>(value));
 }
 
-struct PackedRows {
+struct PackArgs {
+  TensorView view;
+  bool aligned;
+  Queries queries;
+  RotationTable rotation;
+  int delta;
+  int64_t count;
   float* packed;
   void* high;  // of the view's type; null = not wanted
   void* low;   // null = not wanted
-  int64_t count;
 };
 
 // One thread a packed element; queries turned by -delta positions where rotation has a dimension.
-__global__ void __launch_bounds__(kThreads)
-    PackTurnedKernel(TensorView view, bool aligned, Queries queries, RotationTable rotation,
-                     int delta, PackedRows out) {
+__global__ void __launch_bounds__(kThreads) PackTurnedKernel(PackArgs args) {
+  WaitForEarlierGrids();
+  AllowDependents();
+  const TensorView& view = args.view;
+  const Queries& queries = args.queries;
+  const RotationTable& rotation = args.rotation;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= out.count) return;
+  if (index >= args.count) return;
   const int64_t row = index / queries.depth_padded;
   const auto channel = static_cast<int>(index - row * queries.depth_padded);
   const auto h = static_cast<int>(row / queries.rows);
@@ -57,24 +66,24 @@ __global__ void __launch_bounds__(kThreads)
   const int i = r % queries.window;
   float value = 0;
   if (channel < view.head_dim) {
-    value = LoadAnyElement(view, aligned, i, a, channel);
+    value = LoadAnyElement(view, args.aligned, i, a, channel);
     if (channel < rotation.rotary_dim) {
       const int half = rotation.rotary_dim / 2;
       const bool is_x = rotation.interleaved ? channel % 2 == 0 : channel < half;
       const int step = rotation.interleaved ? 1 : half;
       const int pair = rotation.interleaved ? channel / 2 : channel % half;
       const float partner =
-          LoadAnyElement(view, aligned, i, a, is_x ? channel + step : channel - step);
-      const float2 angle = AngleOf(rotation, delta, pair);
+          LoadAnyElement(view, args.aligned, i, a, is_x ? channel + step : channel - step);
+      const float2 angle = AngleOf(rotation, args.delta, pair);
       value = is_x ? TurnX(value, partner, angle) : TurnY(partner, value, angle);
     }
   }
-  out.packed[index] = value;
-  if (out.high == nullptr) return;
+  args.packed[index] = value;
+  if (args.high == nullptr) return;
   if (view.dtype == DType::kFloat16) {
-    SplitInto<__half>(value, index, out.high, out.low);
+    SplitInto<__half>(value, index, args.high, args.low);
   } else {
-    SplitInto<__nv_bfloat16>(value, index, out.high, out.low);
+    SplitInto<__nv_bfloat16>(value, index, args.high, args.low);
   }
 }
 
@@ -109,23 +118,41 @@ __device__ float4 JoinOutputs(const Partials& partials, int64_t row, int64_t all
                      output.w / total.sum);
 }
 
-// rows_loss[row] = (mass, ||o_kept - o_full||^2, ||o_full||^2). One warp a row.
-__global__ void __launch_bounds__(kThreads)
-    RowLossKernel(Partials all, Partials kept_original, Partials kept, int head_dim,
-                  int64_t all_rows, float* rows_loss) {
+struct LossArgs {
+  Partials all;
+  Partials kept_original;
+  Partials kept;
+  int head_dim;
+  int window;
+  int num_query_heads;
+  int64_t all_rows;
+  float* rows_loss;  // [all_rows, 3]: mass, ||o_kept - o_full||^2, ||o_full||^2
+  float* mass;
+  float* err_sq;
+  float* ref_sq;
+};
+
+// Fills rows_loss. One warp a row.
+__global__ void __launch_bounds__(kThreads) RowLossKernel(const __grid_constant__ LossArgs args) {
+  WaitForEarlierGrids();
+  AllowDependents();
+  const Partials& all = args.all;
+  const int64_t all_rows = args.all_rows;
   constexpr int kLaneChannels = 4;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / kWarp;
   if (row >= all_rows) return;
   const SoftmaxSum all_sum = JoinSums(all, row, all_rows, lane);
-  const SoftmaxSum mass_sum = JoinSums(kept_original, row, all_rows, lane);
+  const SoftmaxSum mass_sum = JoinSums(args.kept_original, row, all_rows, lane);
   float error = 0;
   float reference = 0;
   if (all.outputs != nullptr) {
-    const SoftmaxSum kept_sum = JoinSums(kept, row, all_rows, lane);
-    for (int channel = lane * kLaneChannels; channel < head_dim; channel += kWarp * kLaneChannels) {
-      const float4 full = JoinOutputs(all, row, all_rows, head_dim, channel, all_sum);
-      const float4 partial = JoinOutputs(kept, row, all_rows, head_dim, channel, kept_sum);
+    const SoftmaxSum kept_sum = JoinSums(args.kept, row, all_rows, lane);
+    for (int channel = lane * kLaneChannels; channel < args.head_dim;
+         channel += kWarp * kLaneChannels) {
+      const float4 full = JoinOutputs(all, row, all_rows, args.head_dim, channel, all_sum);
+      const float4 partial =
+          JoinOutputs(args.kept, row, all_rows, args.head_dim, channel, kept_sum);
       const auto add = [&](float of_full, float of_partial) {
         error = fmaf(of_partial - of_full, of_partial - of_full, error);
         reference = fmaf(of_full, of_full, reference);
@@ -139,25 +166,26 @@ __global__ void __launch_bounds__(kThreads)
     reference = GroupSum(reference, kWarp);
   }
   if (lane == 0) {
-    rows_loss[row * 3] = mass_sum.sum * Exp2(mass_sum.maximum - all_sum.maximum) / all_sum.sum;
-    rows_loss[row * 3 + 1] = error;
-    rows_loss[row * 3 + 2] = reference;
+    float* const loss = args.rows_loss + row * 3;
+    loss[0] = mass_sum.sum * Exp2(mass_sum.maximum - all_sum.maximum) / all_sum.sum;
+    loss[1] = error;
+    loss[2] = reference;
   }
 }
 
 // Sums over the queries of each query head; row order is [Hkv, group, W], so heads are in a row.
 // One warp a head.
-__global__ void __launch_bounds__(kThreads)
-    SumLossKernel(const float* rows_loss, int window, int num_query_heads,
-                  MeasureAttentionParams params) {
+__global__ void __launch_bounds__(kThreads) SumLossKernel(LossArgs args) {
+  WaitForEarlierGrids();
+  AllowDependents();
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int a = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) / kWarp;
-  if (a >= num_query_heads) return;
+  if (a >= args.num_query_heads) return;
   float mass = 0;
   float error = 0;
   float reference = 0;
-  for (int i = lane; i < window; i += kWarp) {
-    const float* const loss = rows_loss + (static_cast<int64_t>(a) * window + i) * 3;
+  for (int i = lane; i < args.window; i += kWarp) {
+    const float* const loss = args.rows_loss + (static_cast<int64_t>(a) * args.window + i) * 3;
     mass += loss[0];
     error += loss[1];
     reference += loss[2];
@@ -166,30 +194,49 @@ __global__ void __launch_bounds__(kThreads)
   error = GroupSum(error, kWarp);
   reference = GroupSum(reference, kWarp);
   if (lane != 0) return;
-  params.mass[a] = mass / static_cast<float>(window);
-  if (params.values.data == nullptr) return;
-  params.err_sq[a] = error;
-  params.ref_sq[a] = reference;
+  args.mass[a] = mass / static_cast<float>(args.window);
+  if (args.all.outputs == nullptr) return;
+  args.err_sq[a] = error;
+  args.ref_sq[a] = reference;
 }
 
-// Sets the bits of Pass::marks, words of 32 of them, for tokens [groups, num_kept]. `marks` is
-// zero before. grid (blocks, groups)
-__global__ void __launch_bounds__(kThreads)
-    MarkTokensKernel(const int32_t* tokens, int64_t num_kept, int64_t group_words,
-                     uint32_t* marks) {
+struct MarkArgs {
+  const int32_t* tokens;  // [groups, num_kept]
+  int64_t num_kept;
+  int64_t group_words;
+  uint32_t* marks;  // Pass::marks as words of 32 bits; zero before
+};
+
+// Sets the tokens' bits. grid (blocks, groups)
+__global__ void __launch_bounds__(kThreads) MarkTokensKernel(MarkArgs args) {
+  WaitForEarlierGrids();
+  AllowDependents();
   constexpr int kWordBits = 32;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t group = blockIdx.y;
-  const int token = n < num_kept ? tokens[group * num_kept + n] : -1;
+  const int token = n < args.num_kept ? args.tokens[group * args.num_kept + n] : -1;
   const int word = token < 0 ? -1 : token / kWordBits;
   // Tokens ascend: those of a word are mostly in one warp.
   const unsigned peers = __match_any_sync(kFullWarp, word);
   const unsigned bits = __reduce_or_sync(peers, 1U << (token % kWordBits & (kWordBits - 1)));
   if (word >= 0 && lane == __ffs(static_cast<int>(peers)) - 1) {
-    atomicOr(marks + group * group_words + word, bits);
+    atomicOr(args.marks + group * args.group_words + word, bits);
   }
 }
+
+template <typename Args>
+absl::Status LaunchNext(void (*kernel)(Args), const char* name, dim3 grid, const Args& args,
+                        cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return CudaStatus(LaunchDependent(config, kernel, args), name);
+}
+
+// Thread blocks for `threads` threads.
+dim3 BlocksFor(int64_t threads) { return dim3(static_cast<unsigned>(CeilDiv(threads, kThreads))); }
 
 // One wave of thread blocks, where the items suffice.
 int SplitsOf(const Pass& pass, DType queries_dtype, int num_sms) {
@@ -290,17 +337,19 @@ absl::Status PrepareQueries(const MeasureAttentionParams& params, const Layout& 
                             cudaStream_t stream) {
   const bool halved = DTypeBytes(params.queries.dtype) == 2;
   const bool turned = rotation.rotary_dim > 0;
-  const PackedRows out = {.packed = base + layout.packed,
-                          .high = halved ? base + layout.high : nullptr,
-                          .low = halved && turned ? base + layout.low : nullptr,
-                          .count = layout.packed_count};
-  queries.packed = out.packed;
-  queries.high = out.high;
-  queries.low = out.low;
-  PackTurnedKernel<<<static_cast<unsigned>(CeilDiv(out.count, kThreads)), kThreads, 0, stream>>>(
-      params.queries, HasAlignedChunks(params.queries), queries, rotation,
-      turned ? static_cast<int>(params.query_shift) : 0, out);
-  return LaunchStatus("PackTurnedKernel");
+  const PackArgs args = {.view = params.queries,
+                         .aligned = HasAlignedChunks(params.queries),
+                         .queries = queries,
+                         .rotation = rotation,
+                         .delta = turned ? static_cast<int>(params.query_shift) : 0,
+                         .count = layout.packed_count,
+                         .packed = base + layout.packed,
+                         .high = halved ? base + layout.high : nullptr,
+                         .low = halved && turned ? base + layout.low : nullptr};
+  queries.packed = args.packed;
+  queries.high = args.high;
+  queries.low = args.low;
+  return LaunchNext(PackTurnedKernel, "PackTurnedKernel", BlocksFor(args.count), args, stream);
 }
 
 // Gives the first pass its marks.
@@ -313,11 +362,13 @@ absl::Status MarkTokens(const MeasureAttentionParams& params, const Layout& layo
   absl::Status status =
       CudaStatus(cudaMemsetAsync(words, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
   if (!status.ok() || params.num_kept == 0) return status;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(params.num_kept, kThreads)),
-                  static_cast<unsigned>(params.groups));
-  MarkTokensKernel<<<grid, kThreads, 0, stream>>>(params.kept, params.num_kept, layout.mark_words,
-                                                  words);
-  return LaunchStatus("MarkTokensKernel");
+  dim3 grid = BlocksFor(params.num_kept);
+  grid.y = static_cast<unsigned>(params.groups);
+  const MarkArgs args = {.tokens = params.kept,
+                         .num_kept = params.num_kept,
+                         .group_words = layout.mark_words,
+                         .marks = words};
+  return LaunchNext(MarkTokensKernel, "MarkTokensKernel", grid, args, stream);
 }
 
 // Passes over everything and over the kept tokens' original keys.
@@ -349,16 +400,22 @@ absl::Status AttendKept(const MeasureAttentionParams& params, const Layout& layo
 
 absl::Status SumLosses(const MeasureAttentionParams& params, const Layout& layout,
                        const Passes& passes, float* losses, cudaStream_t stream) {
-  RowLossKernel<<<static_cast<unsigned>(CeilDiv(layout.all_rows * kWarp, kThreads)), kThreads, 0,
-                  stream>>>(passes.all.out, passes.mass.out, passes.kept.out, params.keys.head_dim,
-                            layout.all_rows, losses);
-  absl::Status status = LaunchStatus("RowLossKernel");
+  const LossArgs args = {.all = passes.all.out,
+                         .kept_original = passes.mass.out,
+                         .kept = passes.kept.out,
+                         .head_dim = params.keys.head_dim,
+                         .window = static_cast<int>(params.queries.num_tokens),
+                         .num_query_heads = params.queries.num_heads,
+                         .all_rows = layout.all_rows,
+                         .rows_loss = losses,
+                         .mass = params.mass,
+                         .err_sq = params.err_sq,
+                         .ref_sq = params.ref_sq};
+  absl::Status status =
+      LaunchNext(RowLossKernel, "RowLossKernel", BlocksFor(layout.all_rows * kWarp), args, stream);
   if (!status.ok()) return status;
-  const auto grid =
-      static_cast<unsigned>(CeilDiv(int64_t{params.queries.num_heads} * kWarp, kThreads));
-  SumLossKernel<<<grid, kThreads, 0, stream>>>(losses, static_cast<int>(params.queries.num_tokens),
-                                               params.queries.num_heads, params);
-  status.Update(LaunchStatus("SumLossKernel"));
+  status.Update(LaunchNext(SumLossKernel, "SumLossKernel",
+                           BlocksFor(int64_t{params.queries.num_heads} * kWarp), args, stream));
   return status;
 }
 
