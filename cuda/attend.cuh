@@ -13,7 +13,8 @@
 namespace dynsplit::kernels {
 
 // Queries as rows [Hkv, rows, depth_padded]. high + low are the fp32 rows in halves of the keys'
-// 16-bit type (tensor cores); low is null where the queries are of that type to begin with.
+// 16-bit type (tensor cores), null for others; low is null where the queries are of that type to
+// begin with.
 struct Queries {
   const float* packed = nullptr;
   const void* high = nullptr;
@@ -31,6 +32,8 @@ struct Partials {
   int splits = 0;
 };
 
+inline constexpr int kMarkedItems = 64;  // of an element of Pass::marks
+
 struct Pass {
   Queries queries;
   TensorView keys;
@@ -45,7 +48,14 @@ struct Pass {
   int num_kv_heads = 0;
   float scale_log2 = 0;
   Partials out;
+  // Original items to take the sums of on the way: bit n % 64 of element n / 64, a group each
+  // mark_stride() elements. Null = none. AttendGroup only.
+  const uint2* marks = nullptr;
+  float2* marked_sums = nullptr;  // as out.sums
 
+  __host__ __device__ int64_t mark_stride() const {
+    return (num_items + kMarkedItems - 1) / kMarkedItems;
+  }
   __device__ int64_t Position(int h, int64_t n) const {
     return positions == nullptr ? n : positions[(positions_per_head ? h * num_items : 0) + n];
   }
@@ -58,8 +68,11 @@ absl::Status AttendMma(const Pass& pass, cudaStream_t stream);
 // Any types and head dimension, fp32 arithmetic on the packed queries.
 absl::Status AttendSimt(const Pass& pass, cudaStream_t stream);
 inline constexpr int kAttendTile = 64;  // rows of a thread block, and items at a time, in both
-// fp32 rows -> high (and low, unless null) halves of `dtype`.
-absl::Status SplitQueries(const float* packed, int64_t count, DType dtype, void* high, void* low,
-                          cudaStream_t stream);
+
+// Faster where it serves: Hopper, with values, 64 or 128 channels, aligned rows; for original items
+// and for kept ones with their own keys.
+bool UsesGroupMma(const Pass& pass, DType queries_dtype);
+int GroupSplits(const Pass& pass, int num_sms);  // one wave of thread blocks
+absl::Status AttendGroup(const Pass& pass, cudaStream_t stream);
 
 }  // namespace dynsplit::kernels

@@ -281,34 +281,12 @@ absl::Status LaunchType(const Pass& pass, cudaStream_t stream) {
                                   : LaunchDepth<T, 4>(pass, stream);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    SplitKernel(const float* values, int64_t count, T* high, T* low) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
-  high[i] = static_cast<T>(values[i]);
-  if (low != nullptr) low[i] = static_cast<T>(Remainder<T>(values[i]));
-}
-
 }  // namespace
 
 bool UsesTensorCores(const Pass& pass, DType queries_dtype) {
   return DTypeBytes(pass.keys.dtype) == 2 && queries_dtype == pass.keys.dtype &&
          pass.keys.head_dim <= kAttendMmaMaxDim &&
          (pass.values.data == nullptr || pass.values.dtype == pass.keys.dtype);
-}
-
-absl::Status SplitQueries(const float* packed, int64_t count, DType dtype, void* high, void* low,
-                          cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>(CeilDiv(count, kThreads));
-  if (dtype == DType::kFloat16) {
-    SplitKernel<<<grid, kThreads, 0, stream>>>(packed, count, static_cast<__half*>(high),
-                                               static_cast<__half*>(low));
-  } else {
-    SplitKernel<<<grid, kThreads, 0, stream>>>(packed, count, static_cast<__nv_bfloat16*>(high),
-                                               static_cast<__nv_bfloat16*>(low));
-  }
-  return LaunchStatus("SplitKernel");
 }
 
 absl::Status AttendMma(const Pass& pass, cudaStream_t stream) {

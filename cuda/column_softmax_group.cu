@@ -29,7 +29,6 @@ constexpr int kStages = 2;
 constexpr int kBlockRows = kGroups * kGroupRows;  // pass 1
 constexpr int kTileItems = 256;
 constexpr int kBatchItems = 128;
-constexpr int kSharedAlignment = 1024;
 
 struct GroupArgs {
   ColumnSoftmax op;
@@ -46,46 +45,11 @@ __device__ const std::byte* QueryRow(const GroupArgs& args, int h, int row) {
   return RowAddress(args.op.queries, row - g * args.shape.window, h * args.shape.group + g);
 }
 
-// Dynamic shared memory begins at 16 bytes at least.
-__device__ std::byte* AlignShared(std::byte* base) {
-  const uint32_t address = SharedAddress(base);
-  return base + ((address + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment - address);
-}
-
 #ifdef DYNSPLIT_HAS_GROUP_MMA
-
-// Of this thread; known to be the same in all of a warp, so that what follows from it is computed
-// once a warp.
-__device__ int GroupIndex() {
-  return __shfl_sync(kFullWarp, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
-}
-
-// The warpgroups of a thread block multiply by turns, in order. Left alone they would all wait for
-// the tensor cores together, and then leave them idle together. Every warpgroup takes as many
-// turns.
-class Turns {
- public:
-  __device__ explicit Turns(int group) : group_(group) {
-    if (group_ == kGroups - 1) Pass();
-  }
-  __device__ void Wait() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(kFirstBarrier + group_), "n"(2 * kGroupThreads)
-                 : "memory");
-  }
-  __device__ void Pass() const {
-    const int next = group_ + 1 == kGroups ? 0 : group_ + 1;
-    asm volatile("bar.arrive %0, %1;" ::"r"(kFirstBarrier + next), "n"(2 * kGroupThreads)
-                 : "memory");
-  }
-
- private:
-  static constexpr int kFirstBarrier = 1;  // 0 is __syncthreads
-  const int group_;
-};
 
 // Until all threads of the warpgroup are here.
 __device__ void SyncGroup() {
-  constexpr int kFirstBarrier = 1 + kGroups;  // behind those of Turns
+  constexpr int kFirstBarrier = Turns::kFirstBarrier + kGroups;
   asm volatile(
       "bar.sync %0, %1;" ::"r"(kFirstBarrier + static_cast<int>(threadIdx.x) / kGroupThreads),
       "n"(kGroupThreads)
@@ -107,39 +71,15 @@ __device__ void FillRows(const GroupArgs& args, int h, int first, int num_rows, 
   CommitCopies();
 }
 
-// An array of kRows items from `first` on, zeros beyond them, by kTeam threads. A thread copies the
-// same chunk of every kRowsATime-th row, so that its places in shared memory are a constant apart.
+// An array of kRows items from `first` on, zeros beyond them, by kTeam threads.
 template <int kSteps, int kRows, int kTeam>
 __device__ void FetchItems(const GroupArgs& args, int h, int64_t first, std::byte* array) {
-  constexpr int kRowChunks = kSteps * 2;
-  constexpr int kRowsATime = kTeam / kRowChunks;
-  static_assert(kRowsATime % kSwizzleRows == 0);
-  const int thread = static_cast<int>(threadIdx.x) % kTeam;
-  const int row = thread / kRowChunks;
-  const int chunk = thread % kRowChunks;
-  std::byte* const to = array + SwizzledByte<kRows>(row, chunk);
-  const TensorView& items = args.op.items;
-  if (items.block_table == nullptr && first + kRows <= args.shape.num_items) {
-    const std::byte* from = items.data + h * items.head_stride_bytes +
-                            (first + row) * items.token_stride_bytes + chunk * kChunkBytes;
-    const int64_t step_bytes = kRowsATime * items.token_stride_bytes;
-#pragma unroll
-    for (int i = 0; i < kRows / kRowsATime; ++i, from += step_bytes) {
-      CopyAsync<kChunkBytes>(to + i * kRowsATime * kPieceBytes, from, true);
-    }
-  } else {
-#pragma unroll 1
-    for (int i = 0; i < kRows / kRowsATime; ++i) {
-      const int64_t n = first + row + i * kRowsATime;
-      const bool valid = n < args.shape.num_items;
-      CopyAsync<kChunkBytes>(to + i * kRowsATime * kPieceBytes,
-                             RowAddress(items, valid ? n : 0, h) + chunk * kChunkBytes, valid);
-    }
-  }
+  CopySwizzledRows<kSteps, kRows, kTeam>(args.op.items, args.shape.num_items, h, first, array);
   CommitCopies();
 }
 
-// A batch of products: 64 rows of one array times kCols of another, from `first_col` on.
+// A batch of products: 64 rows of one array times kCols of another, from `first_col` on. The next
+// warpgroup's are enqueued behind it.
 template <typename T, int kSteps, int kArrayCols, int kCols>
 __device__ void MultiplyBatch(uint32_t rows, uint32_t cols, int first_col, const Turns& turns,
                               float (&sum)[kCols / 2]) {
@@ -243,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) SumRowsKernel(GroupArgs args) {
   FillRows<kSteps, kGroupRows>(args, h, block_row, kBlockRows, queries);
   FetchItems<kSteps, kTileItems, kThreads>(args, h, first, stages);
   const uint32_t rows_address = SharedAddress(queries) + group * kGroupRows * kRowBytes;
-  const Turns turns(group);
+  const Turns turns(group, kGroups);
   SoftmaxSum rows[2];
   float logits[kBatchItems / 2];
   for (int stage = 0; first < end; first += stride, stage ^= 1) {
@@ -355,7 +295,11 @@ __global__ void __launch_bounds__(kThreads, 1) SumColumnsKernel(GroupArgs args) 
   ShowToGroupMma();
   __syncthreads();
 
-  const Turns turns(group);
+  const uint32_t base = SharedAddress(AlignShared(shared));
+  const uint32_t stages_address = base + static_cast<uint32_t>(group * kStages * kTileBytes);
+  const uint32_t rows_address = base + static_cast<uint32_t>(kGroups * kStages * kTileBytes);
+  const int num_batches = num_rows / kCols;
+  const Turns turns(group, kGroups);
   float logits[kCols / 2];
   float sums[2] = {};
   for (int stage = 0; first < end; first += stride, stage ^= 1) {
@@ -366,12 +310,15 @@ __global__ void __launch_bounds__(kThreads, 1) SumColumnsKernel(GroupArgs args) 
       FetchItems<kSteps, kGroupRows, kGroupThreads>(args, h, first + stride + lead,
                                                     stages + (stage ^ 1) * kTileBytes);
     }
-    const uint32_t tile = SharedAddress(stages + stage * kTileBytes);
+    const uint32_t tile = stages_address + static_cast<uint32_t>(stage * kTileBytes);
+    uint32_t batch = rows_address;
+    const float* batch_offsets = offsets;
 #pragma unroll 1
-    for (int row = 0; row < num_rows; row += kCols) {
-      MultiplyBatch<T, kSteps, kCols, kCols>(tile, SharedAddress(rows + row * kRowBytes), 0, turns,
-                                             logits);
-      AddRows<kCols>(logits, args.scale_log2, offsets + row, sums);
+    for (int i = 0; i < num_batches; ++i) {
+      MultiplyBatch<T, kSteps, kCols, kCols>(tile, batch, 0, turns, logits);
+      AddRows<kCols>(logits, args.scale_log2, batch_offsets, sums);
+      batch += kCols * kRowBytes;
+      batch_offsets += kCols;
     }
     WriteSums(args, h, first + lead, sums);
   }
@@ -446,16 +393,6 @@ absl::Status Run(GroupArgs args, const Launch& launch) {
 template <typename T>
 absl::Status RunType(const GroupArgs& args, const Launch& launch) {
   return args.shape.depth == 64 ? Run<T, 4>(args, launch) : Run<T, 8>(args, launch);
-}
-
-bool DeviceHasGroupMma() {
-  int device = 0;
-  int major = 0;
-  int minor = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess &&
-         major == 9 && minor == 0;
 }
 
 }  // namespace

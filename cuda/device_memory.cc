@@ -125,9 +125,15 @@ absl::Status DevicePool::Reserve(int64_t size_bytes) {
     return Exhausted("device memory", size_bytes, bytes_in_use(), limit_bytes_);
   }
   const int64_t before = in_use_bytes_.fetch_add(size_bytes, std::memory_order_relaxed);
-  if (size_bytes <= limit_bytes_ - before) return absl::OkStatus();
-  GiveBack(size_bytes);
-  return Exhausted("device memory", size_bytes, before, limit_bytes_);
+  if (size_bytes > limit_bytes_ - before) {
+    GiveBack(size_bytes);
+    return Exhausted("device memory", size_bytes, before, limit_bytes_);
+  }
+  int64_t peak = peak_bytes();
+  while (peak < before + size_bytes &&
+         !peak_bytes_.compare_exchange_weak(peak, before + size_bytes, std::memory_order_relaxed)) {
+  }
+  return absl::OkStatus();
 }
 
 void DevicePool::Attach(const std::shared_ptr<StreamHandle>& stream) {

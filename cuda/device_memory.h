@@ -84,6 +84,9 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
 
   int64_t limit_bytes() const { return limit_bytes_; }
   int64_t bytes_in_use() const { return in_use_bytes_.load(std::memory_order_relaxed); }
+  // Most that were in use at a time since the last ResetPeak.
+  int64_t peak_bytes() const { return peak_bytes_.load(std::memory_order_relaxed); }
+  void ResetPeak() { peak_bytes_.store(bytes_in_use(), std::memory_order_relaxed); }
   int64_t bytes_kept() const ABSL_LOCKS_EXCLUDED(mu_);
 
  private:
@@ -118,6 +121,7 @@ class DevicePool : public std::enable_shared_from_this<DevicePool> {
   const int64_t limit_bytes_;
   const cudaMemPool_t pool_;
   std::atomic<int64_t> in_use_bytes_ = 0;
+  std::atomic<int64_t> peak_bytes_ = 0;
   mutable absl::Mutex mu_;
   absl::flat_hash_map<const std::byte*, Owner> owners_ ABSL_GUARDED_BY(mu_);
   absl::flat_hash_map<std::shared_ptr<StreamHandle>, Kept> kept_ ABSL_GUARDED_BY(mu_);  // attached

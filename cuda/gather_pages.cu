@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/fast_divisor.cuh"
 
 namespace dynsplit::kernels {
@@ -45,6 +46,8 @@ __device__ void CopyScale(const Pages& p, int64_t slot, int h) {
 template <typename Vector>
 __global__ void __launch_bounds__(kThreads)
     CopyPagesKernel(const __grid_constant__ CopyBatch batch) {
+  WaitForEarlierGrids();
+  AllowDependents();
   const CopyItem& item = ItemOf(batch);
   const Pages& p = item.pages;
   const int64_t first_slot =
@@ -117,8 +120,11 @@ absl::Status LaunchCopy(std::span<const GatherPagesItem> items, const Launch& la
     // Scales of heads are copied even where no slot is.
     blocks += std::max<int64_t>(CeilDiv(copy.pages.num_slots, slots_per_block), 1);
   }
-  CopyPagesKernel<Vector><<<static_cast<unsigned>(blocks), kThreads, 0, launch.stream>>>(batch);
-  return LaunchStatus("CopyPagesKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = launch.stream;
+  return CudaStatus(LaunchDependent(config, CopyPagesKernel<Vector>, batch), "CopyPagesKernel");
 }
 
 bool KeepsBits(const GatherPagesItem& item) {

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/operations.h"
 #include "cuda/tensor.cuh"
 
@@ -51,6 +52,8 @@ __device__ void LoadTile(const float* scores, int64_t begin, int64_t end, int64_
 // rows)
 __global__ void __launch_bounds__(kThreads) ReduceBlocksKernel(ReduceBlocksParams params) {
   __shared__ alignas(16) float tile[kTileTokens];
+  WaitForEarlierGrids();
+  AllowDependents();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads;
   const int64_t last = min(first + kThreads, params.num_blocks);
   const int64_t block = min(first + threadIdx.x, last - 1);
@@ -86,8 +89,11 @@ absl::Status ReduceBlocks(const ReduceBlocksParams& params, const Launch& launch
   if (params.num_blocks == 0 || params.rows == 0) return absl::OkStatus();
   const dim3 grid(static_cast<unsigned>(CeilDiv(params.num_blocks, kThreads)),
                   static_cast<unsigned>(params.rows));
-  ReduceBlocksKernel<<<grid, kThreads, 0, launch.stream>>>(params);
-  return LaunchStatus("ReduceBlocksKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = launch.stream;
+  return CudaStatus(LaunchDependent(config, ReduceBlocksKernel, params), "ReduceBlocksKernel");
 }
 
 }  // namespace dynsplit::kernels

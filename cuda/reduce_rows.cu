@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/operations.h"
 #include "cuda/tensor.cuh"
 
@@ -13,6 +14,8 @@ constexpr int64_t kMaxGridX = 1 << 20;
 
 // grid (columns, rows_out), strided over columns
 __global__ void __launch_bounds__(kThreads) ReduceRowsKernel(ReduceRowsParams params) {
+  WaitForEarlierGrids();
+  AllowDependents();
   const int rows = params.rows_in / params.rows_out;
   const float* const in = params.in + static_cast<int64_t>(blockIdx.y) * rows * params.columns;
   float* const out = params.out + static_cast<int64_t>(blockIdx.y) * params.columns;
@@ -32,8 +35,11 @@ absl::Status ReduceRows(const ReduceRowsParams& params, const Launch& launch) {
   if (params.columns == 0 || params.rows_out == 0) return absl::OkStatus();
   const dim3 grid(static_cast<unsigned>(std::min(CeilDiv(params.columns, kThreads), kMaxGridX)),
                   static_cast<unsigned>(params.rows_out));
-  ReduceRowsKernel<<<grid, kThreads, 0, launch.stream>>>(params);
-  return LaunchStatus("ReduceRowsKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = launch.stream;
+  return CudaStatus(LaunchDependent(config, ReduceRowsKernel, params), "ReduceRowsKernel");
 }
 
 }  // namespace dynsplit::kernels

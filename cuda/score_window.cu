@@ -8,6 +8,7 @@
 
 #include "cuda/column_softmax.h"
 #include "cuda/cuda_status.h"
+#include "cuda/dependent_launch.cuh"
 #include "cuda/operations.h"
 #include "cuda/tensor.cuh"
 
@@ -26,38 +27,69 @@ struct PoolArgs {
   float* scores;  // [Hkv, T]
 };
 
+constexpr int kTileTokens = 1024;  // of a thread block
+constexpr int kMostHalo = 64;      // neighbours on a side that shared memory has room for
+
+// Means of tokens around `t` pooled, in the order of tokens; `means` begins at token `base`.
+template <bool kMax>
+__device__ float Pooled(const PoolArgs& args, const float* means, int64_t base, int64_t t) {
+  const int64_t begin = max(t - args.kernel / 2, int64_t{0}) - base;
+  const int64_t end = min(t + args.kernel / 2, args.num_columns - 1) - base;
+  float pooled = kMax ? -INFINITY : 0.0F;
+  for (int64_t u = begin; u <= end; ++u) {
+    pooled = kMax ? fmaxf(pooled, means[u]) : pooled + means[u];
+  }
+  return pooled;
+}
+
 // scores = factor * sum over the head's rows of pooled means; zero for window tokens.
-// grid (tokens, KV heads)
+// grid (tiles, KV heads)
 template <bool kMax>
 __global__ void __launch_bounds__(kThreads) PoolKernel(PoolArgs args) {
-  const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (t >= args.num_tokens) return;
+  __shared__ float tile[kTileTokens + 2 * kMostHalo];
+  WaitForEarlierGrids();
+  AllowDependents();
+  constexpr int kTokens = kTileTokens / kThreads;  // of a thread
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileTokens;
   const int64_t h = blockIdx.y;
-  float total = 0;
-  if (t < args.num_columns) {
-    const int64_t begin = max(t - args.kernel / 2, int64_t{0});
-    const int64_t end = min(t + args.kernel / 2, args.num_columns - 1);
-    for (int row = 0; row < args.rows_per_head; ++row) {
-      const float* const means = args.means + (h * args.rows_per_head + row) * args.num_tokens;
-      float pooled = kMax ? -INFINITY : 0.0F;
-      for (int64_t u = begin; u <= end; ++u) {
-        pooled = kMax ? fmaxf(pooled, means[u]) : pooled + means[u];
+  const int halo = args.kernel / 2;
+  const bool shared = halo <= kMostHalo;
+  float totals[kTokens] = {};
+  for (int row = 0; row < args.rows_per_head; ++row) {
+    const float* const means = args.means + (h * args.rows_per_head + row) * args.num_tokens;
+    if (shared) {
+      __syncthreads();
+      for (int i = thread; i < kTileTokens + 2 * halo; i += kThreads) {
+        const int64_t t = first - halo + i;
+        if (t >= 0 && t < args.num_columns) tile[i] = means[t];
       }
-      total += pooled;
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      const int64_t t = first + i * kThreads + thread;
+      if (t >= args.num_columns) break;
+      totals[i] +=
+          shared ? Pooled<kMax>(args, tile, first - halo, t) : Pooled<kMax>(args, means, 0, t);
     }
   }
-  args.scores[h * args.num_tokens + t] = total * args.factor;
+#pragma unroll
+  for (int i = 0; i < kTokens; ++i) {
+    const int64_t t = first + i * kThreads + thread;
+    if (t < args.num_tokens) args.scores[h * args.num_tokens + t] = totals[i] * args.factor;
+  }
 }
 
 absl::Status Pool(const PoolArgs& args, bool is_max, int num_heads, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(CeilDiv(args.num_tokens, kThreads)),
+  const dim3 grid(static_cast<unsigned>(CeilDiv(args.num_tokens, kTileTokens)),
                   static_cast<unsigned>(num_heads));
-  if (is_max) {
-    PoolKernel<true><<<grid, kThreads, 0, stream>>>(args);
-  } else {
-    PoolKernel<false><<<grid, kThreads, 0, stream>>>(args);
-  }
-  return LaunchStatus("PoolKernel");
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  return CudaStatus(LaunchDependent(config, is_max ? PoolKernel<true> : PoolKernel<false>, args),
+                    "PoolKernel");
 }
 
 }  // namespace

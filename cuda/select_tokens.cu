@@ -77,10 +77,11 @@ __global__ void __launch_bounds__(kThreads) RankKernel(const __grid_constant__ R
     const uint32_t word = run.Index(line);
     return word < run.end ? ProtectedMask(args, static_cast<int32_t>(word)) : 0U;
   };
-  WaitForEarlierGrids();
+  // Flags come from the host, never from the grid before: they may be read while it still runs.
   int32_t count = 0;
 #pragma unroll 4
   for (int line = 0; line < run.num_lines; ++line) count += __popc(mask_of(line));
+  WaitForEarlierGrids();
   int32_t before = SumBefore(team, {count, 0}, run, warp_sums, block_sums).first;
   team.Arrive();
   for (int line = 0; line < run.num_lines; ++line) {

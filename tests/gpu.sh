@@ -44,7 +44,7 @@ step tests 300 bin/gpu_tests --gtest_brief=1
 step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
 for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
 sanitize racecheck 280 "$race"
-# BENCHES="gpu decode" runs a part of the benchmarks, PEER_WHEELS names kvpress' folder (tests/bench/run.sh).
+# BENCHES="layer decode" runs a part of the benchmarks, PEER_WHEELS names kvpress' folder (tests/bench/run.sh).
 step bench 1800 tests/bench/run.sh bin "$out/bench"
 
 if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | sort -u | head -20 | cut -c 1-100; fi

@@ -290,7 +290,7 @@ struct SelectTokensParams {
   int64_t num_tokens = 0;                     // T
   const int32_t* block_starts = nullptr;      // [B + 1]
   int64_t num_blocks = 0;                     // B
-  const uint8_t* protected_tokens = nullptr;  // [T], 1 = protected
+  const uint8_t* protected_tokens = nullptr;  // [T], 1 = protected; no operation's output
   int64_t num_kept = 0;                       // exact mode: protected tokens <= num_kept <= T
   int64_t num_whole_blocks = 0;               // whole-block mode: 1..B
   int32_t* kept =

@@ -79,14 +79,17 @@ class LayerBench {
                2.0 * static_cast<double>(num_blocks_) * kHeads * kRowBytes, "",
                [&](int i) { ScoreBlocks(i); });
     const bool targets = num_tokens_ == 131072;
+    const double bytes = k_bytes + 4 * kept_bytes;
     for (const int groups : {1, kHeads}) {
       const std::string sets = groups == 1 ? "one kept set" : "kept sets per head";
-      ReportTime("compress, " + sets, k_bytes + 4 * kept_bytes, targets ? "share >= 0.4545" : "",
-                 [&](int i) { Layer(i, false, groups); });
-      ReportTime("compress, " + sets + ", LSE given", k_bytes + 4 * kept_bytes,
-                 targets ? "share >= 0.6667" : "", [&](int i) { Layer(i, true, groups); });
+      const double ms = ReportTime("compress, " + sets, bytes, targets ? "share >= 0.4545" : "",
+                                   [&](int i) { Layer(i, false, groups); });
+      ReportTime("compress, " + sets + ", LSE given", bytes, targets ? "share >= 0.6667" : "",
+                 [&](int i) { Layer(i, true, groups); });
+      ReportPeer("snapkv", sets, ms, targets ? "peer >= 25" : "");
+      ReportPeer("chunkkv", sets, ms, targets ? "peer >= 300" : "");
     }
-    // ReportMemory(2 * k_bytes);
+    ReportMemory(2 * k_bytes);
   }
 
  private:
@@ -186,19 +189,32 @@ class LayerBench {
   // Most bytes that `run` holds in the pool at a time, beyond those held before it.
   double Peak(const std::function<void()>& run) {
     const int64_t before = device_.pool->bytes_in_use();
-
+    device_.pool->ResetPeak();
     run();
     Check(cudaStreamSynchronize(device_.launch.stream));
-    return static_cast<double>(device_.pool->bytes_in_use() - before);
+    return static_cast<double>(device_.pool->peak_bytes() - before);
   }
 
   std::string Name(const std::string& what) const {
     return "cuda/" + what + ", T=" + std::to_string(num_tokens_);
   }
-  void ReportTime(const std::string& what, double bytes, const std::string& target,
-                  const std::function<void(int)>& run) {
-    const double us = 1e3 * Time(device_, run);
-    Report(Cost(Name(what), us, "us", bytes / ceilings_.copy_gbps / 1e3, target));
+  double ReportTime(const std::string& what, double bytes, const std::string& target,
+                    const std::function<void(int)>& run) {
+    const double ms = Time(device_, run);
+    Report(Cost(Name(what), ms, "ms", bytes / ceilings_.copy_gbps / 1e6, target));
+    return ms;
+  }
+  // The compression's time again, beside that of the real kvpress.
+  void ReportPeer(const std::string& press, const std::string& sets, double ms,
+                  const std::string& target) {
+    Report({.name = Name("compress, " + sets + ", against kvpress " + press),
+            .value = ms,
+            .unit = "ms",
+            .ceiling = std::nullopt,
+            .share = std::nullopt,
+            .target = target,
+            .peer = std::nullopt,
+            .peer_name = "kvpress-" + press + "/cuda/T=" + std::to_string(num_tokens_)});
   }
 
   const Device& device_;

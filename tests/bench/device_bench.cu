@@ -82,6 +82,7 @@ Device OpenDevice() {
   Check(cudaGetDeviceProperties(&properties, 0));
   device.stream = Check(StreamHandle::Create(0));
   device.pool = Check(DevicePool::Create(0, int64_t{1} << 40));
+  device.pool->Attach(device.stream);
   device.launch = {.stream = device.stream->get(),
                    .num_sms = properties.multiProcessorCount,
                    .max_shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),

@@ -18,7 +18,7 @@ set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bin=${1:?usage: tests/bench/run.sh BIN_DIR OUT_DIR} out=${2:?usage: tests/bench/run.sh BIN_DIR OUT_DIR}
 python=${PYTHON:-python3}
-benches=${BENCHES:-peers cpu scaling transport regions_shm regions_ipc bytes gpu selection decode select}
+benches=${BENCHES:-peers cpu scaling transport regions_shm regions_ipc bytes layer selection decode select}
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 export DYNSPLIT_BENCH_ROWS=$out/rows.jsonl
@@ -86,7 +86,7 @@ step regions_shm 280 "$(script with_server.sh)" "$backend" "$(program dynsplitd)
 gpu_step regions_ipc 280 "$(script with_server.sh)" cuda "$(program dynsplitd)" "$(program bench_regions)" \
   --kind cuda-ipc --tokens 131072
 gpu_step bytes 200 "$(program bench_bytes)"
-gpu_step gpu 200 "$(program bench_layer)"
+gpu_step layer 200 "$(program bench_layer)"
 gpu_step selection 200 "$(program bench_selection)"
 gpu_step decode 200 "$(program bench_decode)"
 gpu_step select 280 "$(script with_server.sh)" cuda "$(program dynsplitd)" "$(program bench_select)" \

@@ -129,6 +129,34 @@ void CheckMeasureAttention(Backend& backend, const ParityShape& shape) {
   CheckLoss(backend, shape, /*with_values=*/false);
 }
 
+// So many rows that a thread block of a large GPU has many tiles of items, more than it holds at a
+// time: whole and partial blocks of rows, with and without turned queries, dense and paged.
+void CheckMeasureLong(Backend& backend) {
+  CheckLoss(backend,
+            {.name = "turned",
+             .num_tokens = 1500,
+             .num_query_heads = 132,
+             .num_kv_heads = 33,
+             .head_dim = 64,
+             .num_queries = 64,
+             .kept_ratio = 0.9,
+             .rotary_dim = 64},
+            /*with_values=*/true);
+  CheckLoss(backend,
+            {.name = "paged",
+             .num_tokens = 1100,
+             .num_query_heads = 136,
+             .num_kv_heads = 17,
+             .head_dim = 128,
+             .num_queries = 40,
+             .dtype = DType::kFloat16,
+             .layout = Layout::kPaged,
+             .query_dtype = DType::kFloat16,
+             .kept_per_head = true,
+             .kept_ratio = 0.9},
+            /*with_values=*/true);
+}
+
 void CheckMeasureSpans(Backend& backend, const ParityShape& shape) {
   const HostTensor keys = HostTensor::Cache(shape, 61);
   const HostTensor queries = HostTensor::Queries(shape, 62);

@@ -62,6 +62,7 @@ constexpr NamedBackendCheck kBackendChecks[] = {
     {"ResidentLimits", CheckResidentLimits},
     {"SelectLarge", CheckSelectLarge},
     {"ReduceLong", CheckReduceLong},
+    {"MeasureAttentionLong", CheckMeasureLong},
     {"SegmentLengths", CheckSegmentLengths},
 };
 

@@ -52,6 +52,7 @@ void CheckCopies(Backend& backend);
 void CheckResidentLimits(Backend& backend);
 void CheckSelectLarge(Backend& backend);
 void CheckReduceLong(Backend& backend);
+void CheckMeasureLong(Backend& backend);
 void CheckSegmentLengths(Backend& backend);
 
 // GatherPages, CheckFinite and SummarizeBlocks on more than 2^31 elements (needs 5 GiB). Byte
