@@ -2,7 +2,6 @@
 #include "server/rpc/compression_call.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -15,9 +14,6 @@
 #include "server/rpc/begin_sessions.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
-#include "server/rpc/session_adapter.h"
-#include "server/runtime/log.h"
-#include "server/runtime/session_work.h"
 
 namespace dynsplit::rpc {
 namespace {
@@ -179,126 +175,6 @@ absl::Status CompressionCall::HandleBegin(const v1::Begin& begin) {
   if (spec->num_shards > 1) return OpenToShards(*std::move(spec));
   Admit(*std::move(spec));
   return absl::OkStatus();
-}
-
-// -- shards ---------------------------------------------------------------------------------------
-
-absl::Status CompressionCall::OpenToShards(RequestSpec spec) {
-  const ShardKey key = {.method = method_, .tenant = spec.tenant, .request_id = spec.request_id};
-  {
-    absl::MutexLock lock(&mu_);
-    phase_ = Phase::kJoining;
-    num_missing_ = spec.num_shards - 1;
-    shards_.resize(static_cast<size_t>(spec.num_shards));
-    joining_ = std::move(spec);
-  }
-  WaitForJoin();
-  auto waiting = services_.shards.Open(key, shared_from_this());
-  if (!waiting.ok()) return waiting.status();
-  bool over = false;
-  {
-    absl::MutexLock lock(&mu_);
-    over = settled_.has_value();
-    if (!over) key_ = key;
-  }
-  if (over) services_.shards.Leave(key, this);  // settled before the key was known
-  for (const std::shared_ptr<CompressionCall>& later : *waiting) later->HandOver(*this);
-  return absl::OkStatus();
-}
-
-absl::Status CompressionCall::HandleLaterShard(const v1::Begin& begin) {
-  absl::StatusOr<ShardNames> names = LaterShardFromBegin(begin);
-  if (!names.ok()) return names.status();
-  const ShardKey key = {
-      .method = method_, .tenant = names->tenant, .request_id = names->request_id};
-  {
-    absl::MutexLock lock(&mu_);
-    phase_ = Phase::kJoining;
-    request_id_ = key.request_id;
-    tenant_ = key.tenant;
-    own_shard_ = begin.shard_index();
-    own_num_shards_ = begin.num_shards();
-    key_ = key;
-  }
-  WaitForJoin();
-  const std::shared_ptr<CompressionCall> first = services_.shards.Join(key, shared_from_this());
-  if (first != nullptr) {
-    HandOver(*first);
-    return absl::OkStatus();
-  }
-  bool over = false;
-  {
-    absl::MutexLock lock(&mu_);
-    over = settled_.has_value();
-  }
-  if (over) services_.shards.Leave(key, this);  // settled before it waited
-  return absl::OkStatus();
-}
-
-void CompressionCall::HandOver(CompressionCall& first) {
-  absl::Status status;
-  {
-    absl::MutexLock lock(&mu_);
-    if (settled_.has_value()) return;
-    status = first.Adopt(shards_.front().stream, own_shard_, own_num_shards_);
-    if (status.ok()) {
-      settled_ = absl::OkStatus();  // nothing more happens here
-      shards_.front().stream = nullptr;
-    }
-  }
-  join_alarm_.Cancel();
-  if (!status.ok()) Fail(status);
-}
-
-absl::Status CompressionCall::Adopt(const std::shared_ptr<FrameStream>& stream, int32_t shard,
-                                    int32_t num_shards) {
-  std::optional<RequestSpec> complete;
-  {
-    absl::MutexLock lock(&mu_);
-    if (settled_.has_value()) return NotFound("request", request_id_);
-    if (std::cmp_not_equal(num_shards, shards_.size())) {
-      return InvalidField("num_shards",
-                          absl::StrCat("is ", num_shards, "; the request's is ", shards_.size()));
-    }
-    Shard& joined = shards_[static_cast<size_t>(shard)];
-    if (joined.stream != nullptr) {
-      return InvalidField("shard_index",
-                          absl::StrCat("is ", shard, "; that shard has joined already"));
-    }
-    joined.stream = stream;
-    if (--num_missing_ == 0) {
-      phase_ = Phase::kWaiting;
-      complete = std::exchange(joining_, std::nullopt);
-    }
-  }
-  stream->SetOwner(shared_from_this(), shard);
-  if (!complete.has_value()) return absl::OkStatus();
-  join_alarm_.Cancel();
-  Admit(*std::move(complete));
-  return absl::OkStatus();
-}
-
-void CompressionCall::WaitForJoin() {
-  join_alarm_.Set(absl::ToChronoTime(absl::Now() + kJoinTimeout),
-                  [weak = weak_from_this()](bool expired) {
-                    if (!expired) return;
-                    if (const auto self = weak.lock(); self != nullptr) self->OnJoinTimeout();
-                  });
-}
-
-void CompressionCall::OnJoinTimeout() {
-  std::string request_id;
-  int32_t missing = 0;
-  {
-    absl::MutexLock lock(&mu_);
-    if (phase_ != Phase::kJoining || settled_.has_value()) return;
-    request_id = request_id_;
-    missing = num_missing_;
-  }
-  if (missing == 0) return Fail(NotFound("request", request_id));
-  Fail(PreconditionFailed("SHARDS_MISSING", "num_shards",
-                          absl::StrCat(missing, " shards have not joined within ",
-                                       absl::FormatDuration(kJoinTimeout))));
 }
 
 // -- admission ------------------------------------------------------------------------------------
@@ -572,84 +448,6 @@ void CompressionCall::OnCancelled(int32_t shard, bool late) {
                   : absl::CancelledError("the caller cancelled"))) {
     services_.metrics.Cancelled(phase);
   }
-}
-
-// -- records --------------------------------------------------------------------------------------
-
-grpc::ByteBuffer CompressionCall::EncodeEnd() {
-  v1::CompressResponse response;
-  v1::CompressEnd& end = *response.mutable_end();
-  end = EndToProto(*end_);
-  if (end_->opened != nullptr) {
-    // Not before: nothing is kept of a call that does not get here.
-    services_.sessions.Publish(end_->opened);
-    published_ = end_->opened->id();
-    end_->session = Snapshot(*end_->opened, services_.sessions);
-    end_->opened.reset();  // released, it goes at once
-  }
-  if (end_->session.has_value()) {
-    *end.mutable_session() = SessionToProto(*end_->session, services_.endpoint());
-  }
-  absl::Duration sending;
-  for (const Shard& shard : shards_) sending = std::max(sending, shard.stream->sending());
-  end.mutable_seconds()->set_send(absl::ToDoubleSeconds(sending));
-  end.set_total_seconds(absl::ToDoubleSeconds(absl::Now() - started_));
-  end.set_backend(services_.backend().name);
-  RecordResult(end);
-  return wire::EncodeMessage(response);
-}
-
-void CompressionCall::RecordResult(const v1::CompressEnd& end) {
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  if (method_ == Method::kAppend) {
-    const SequenceShape& appended = end_->stored_shape;
-    services_.metrics.Appended(appended.num_tokens * appended.num_layers * appended.num_kv_heads);
-  }
-  if (end_->plan.layers.empty()) return;
-  const v1::StageSeconds& seconds = end.seconds();
-  const SequenceShape& shape = end_->plan.shape;
-  int64_t tokens_kept = 0;
-  for (const LayerPlan& layer : end_->plan.layers) tokens_kept += layer.num_kept;
-  services_.metrics.Returned({
-      .preset = end_->plan.policy.preset,
-      .evidence = EvidenceName(end_->plan.evidence),
-      .fallback_preset = end_->plan.fallback_preset,
-      .receive_seconds = seconds.receive(),
-      .host_to_device_seconds = seconds.host_to_device(),
-      .score_seconds = seconds.score(),
-      .split_seconds = seconds.split(),
-      .select_seconds = seconds.select(),
-      .gather_seconds = seconds.gather(),
-      .receipt_seconds = seconds.receipt(),
-      .device_to_host_seconds = seconds.device_to_host(),
-      .send_seconds = seconds.send(),
-      .bytes_in = end.bytes_in(),
-      .bytes_out = end.bytes_out(),
-      .tokens_in = shape.num_tokens * shape.num_layers * shape.num_kv_heads,
-      .tokens_kept = tokens_kept * shape.num_kv_heads,
-      .num_blocks = end_->plan.segmentation.num_blocks(),
-      .mass_mean = end.has_receipt() ? end.receipt().retained_attention_mass_mean() : kNaN,
-      .mass_min = end.has_receipt() ? end.receipt().retained_attention_mass_min() : kNaN,
-      .error_mean = end.has_receipt() ? end.receipt().output_relative_error_mean() : kNaN,
-      .shadow = end_->shadow_bytes_out > 0,
-  });
-}
-
-void CompressionCall::RecordFinish(const absl::Status& status) {
-  const double seconds = absl::ToDoubleSeconds(absl::Now() - started_);
-  const char* code = CodeName(status.code());
-  services_.metrics.Finished({.method = MethodName(method_), .code = code, .seconds = seconds});
-  // A request's own numbers; of its contents nothing.
-  Log(status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "request",
-      {{"method", std::string_view(MethodName(method_))},
-       {"code", std::string_view(code)},
-       {"error", std::string_view(status.message().data(), status.message().size())},
-       {"request_id", std::string_view(request_id_)},
-       {"tenant", std::string_view(tenant_)},
-       {"traceparent", std::string_view(trace_parent_)},
-       {"seconds", seconds},
-       {"bytes_in", end_.has_value() ? end_->bytes_in : int64_t{0}},
-       {"bytes_out", end_.has_value() ? end_->bytes_out : int64_t{0}}});
 }
 
 }  // namespace dynsplit::rpc
