@@ -17,7 +17,7 @@ small="two_tokens gqa3_d64_padded gqa4_d96_partial_rope gqa2_d256 mha_d512 float
   float16_paged e4m3_token_scales_paged e5m2_padded int8_token_scales kernel_longer_than_prefix"
 filter=""
 for shape in $small; do filter="$filter:CudaParity.*/$shape"; done
-filter="${filter#:}:CudaParity.Copies:CudaParity.ResidentLimits:CudaBackendTest.*:GatherPagesTest.*:MemoryTest.*:-*SelectAdversarial/gqa*"
+filter="${filter#:}:CudaParity.Copies:CudaParity.ResidentLimits:CudaBackendTest.*:GatherPagesTest.*:CudaMemoryTest.*:DevicePoolTest.*:-*SelectAdversarial/gqa*"
 
 names=() results=() seconds=()
 failed=0
