@@ -30,6 +30,7 @@ from dynsplit.capture import sources
 from dynsplit.capture.llama import LlamaModel
 from dynsplit.capture.tokenizer import GgufTokenizer
 from dynsplit.client import Client
+from dynsplit.v1 import compression_pb2
 from gguf import GGUFReader
 
 from accuracy import cases, corpus, measure, methods, metrics, presses, summary
@@ -87,15 +88,24 @@ def _cases(arguments: argparse.Namespace, tokenizer: Any) -> list[cases.Case]:
 
 
 def _measured_profiles(
-    arguments: argparse.Namespace, model: TorchLlama, tokenizer: Any, service: Service
+    arguments: argparse.Namespace,
+    model: TorchLlama,
+    tokenizer: Any,
+    service: Service,
+    num_tokens: int,
 ) -> dict[str, Any]:
-    """Delimiter weights of every kind, measured by the service on its tuning text."""
+    """Delimiter weights of every kind, measured by the service on the begin of its tuning text."""
     found = {}
     for kind in arguments.kinds.split(","):
+        kept = arguments.out / f"weights_{kind}_{arguments.size}.pb"
+        if kept.exists():
+            found[kind] = compression_pb2.DelimiterProfile.FromString(kept.read_bytes())
+            continue
         ids = tokenizer.encode(corpus.load(kind, "tuning", arguments.cache))
-        past = prefill(model, ids[:_CALIBRATION_TOKENS])
+        past = prefill(model, ids[:num_tokens])
         service.load(past)
         found[kind] = service.calibrate(past)
+        kept.write_bytes(found[kind].SerializeToString())
     return found
 
 
@@ -155,7 +165,8 @@ def main() -> int:
     reader = GGUFReader(sources.model_file(arguments.cache))
     tokenizer = GgufTokenizer(reader)
     chosen = _cases(arguments, tokenizer)
-    longest = max(_CALIBRATION_TOKENS, *(len(case.prompt) for case in chosen))
+    longest = max(len(case.prompt) for case in chosen)
+    arguments.out.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, arguments.dtype)
     # 512 positions behind the prompt for answers and expected attention, 2.3 K for kvzip's repeats.
     room = longest + 2560
@@ -169,7 +180,9 @@ def main() -> int:
         buffers = HostBuffers(client) if engine is None else DeviceBuffers(client, engine)
         service = Service(client, buffers, model.shape, dtype, longest)
         try:
-            profiles = _measured_profiles(arguments, model, tokenizer, service)
+            profiles = _measured_profiles(
+                arguments, model, tokenizer, service, min(longest, _CALIBRATION_TOKENS)
+            )
             methods.put_profiles(client, profiles)
             table = _table(arguments, client)
             shares = [float(share) for share in arguments.shares.split(",")]

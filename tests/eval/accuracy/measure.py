@@ -68,12 +68,12 @@ def _indexed(bench: Bench, past: Prefill, case: Case, full: Tensor) -> list[dict
     """Every token of the answer chooses what it reads, in every layer, by its own query."""
     inputs = [case.prompt[-1], *case.answer[:-1]]
     methods = [method for method in bench.methods if method.mode == "index"]
-    shape, rows = bench.model.shape, []
+    rows = []
     with contextlib.ExitStack() as stack:
         sessions = [stack.enter_context(bench.service.open(past, method)) for method in methods]
         for share in bench.shares:
             budget = max(1, int(past.num_tokens * share))
-            reader = _SessionReader(bench, sessions, budget, shape.num_kv_heads)
+            reader = _SessionReader(bench, sessions, budget)
             logits = continue_with(bench.model, past, inputs, len(sessions), reader)
             scores = metrics.score_logits(logits, full, case.answer)
             for method, score in zip(methods, scores, strict=True):
@@ -85,24 +85,22 @@ def _indexed(bench: Bench, past: Prefill, case: Case, full: Tensor) -> list[dict
 class _SessionReader:
     """Masks as the sessions choose them; one session a reader."""
 
-    def __init__(
-        self, bench: Bench, sessions: Sequence[Session], budget: int, num_kv_heads: int
-    ) -> None:
-        self._bench, self._sessions = bench, sessions
-        self._budget, self._heads = budget, num_kv_heads
+    def __init__(self, bench: Bench, sessions: Sequence[Session], budget: int) -> None:
+        self._bench, self._sessions, self._budget = bench, sessions, budget
 
     def __call__(self, layer: int, queries: Tensor) -> Tensor:
         host = queries.cpu().contiguous()
-        steps = [
-            session.step(layer, query, self._budget)
-            for session, asked in zip(self._sessions, host, strict=True)
-            for query in asked
+        calls = [
+            [
+                session.step(layer, query, self._budget)
+                for session, query in zip(self._sessions, host[:, position], strict=True)
+            ]
+            for position in range(host.shape[1])
         ]
         tokens = self._sessions[0].num_tokens
         client, shape = self._bench.service.client, self._bench.model.shape
-        chosen = select(client, steps, shape, tokens)
-        masks = chosen.view(*queries.shape[:2], self._heads, tokens).transpose(1, 2)
-        return masks.to(queries.device)
+        masks = select(client, calls, shape, tokens)  # [A, M, Hkv, T]
+        return masks.permute(1, 2, 0, 3).to(queries.device)
 
 
 def measure(bench: Bench, case: Case) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from dynsplit.client import Client
@@ -23,8 +24,7 @@ from torch_llama import Shape
 from .engine import WINDOW, Prefill
 from .methods import Method
 
-_STEPS_AT_ONCE = 64
-_ANSWER_BYTES = 3 << 20  # of one Select
+_CALLS = ThreadPoolExecutor(8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,23 +183,22 @@ class Session:
         return Step(self.session_id, query[None, None], first_layer=layer, tokens_per_head=budget)
 
 
-def select(client: Client, steps: Sequence[Step], shape: Shape, num_tokens: int) -> Tensor:
-    """Bool [steps, Hkv, T]: what each step reads; in as few calls as their answers allow."""
-    masks = []
-    begin = 0
-    while begin < len(steps):
-        end = begin
-        size = 0
-        while end < len(steps) and end - begin < _STEPS_AT_ONCE:
-            size += 4 * shape.num_kv_heads * (steps[end].tokens_per_head + 64)
-            if size > _ANSWER_BYTES and end > begin:
-                break
-            end += 1
-        for chosen in client.select(steps[begin:end]):
-            if chosen.dense_layers:
+def select(
+    client: Client, calls: Sequence[Sequence[Step]], shape: Shape, num_tokens: int
+) -> Tensor:
+    """Bool [calls, steps, Hkv, T]: what each step reads. Calls run side by side.
+
+    A call has at most one step of a session.
+    """
+
+    def chosen(steps: Sequence[Step]) -> Tensor:
+        masks = []
+        for selection in client.select(steps):
+            if selection.dense_layers:
                 masks.append(torch.ones(shape.num_kv_heads, num_tokens, dtype=torch.bool))
-            else:
-                tokens = torch.from_numpy(chosen.tokens[0].copy())
-                masks.append(mask_of(tokens, shape.num_kv_heads, num_tokens))
-        begin = end
-    return torch.stack(masks)
+                continue
+            tokens = torch.from_numpy(selection.tokens[0].copy())
+            masks.append(mask_of(tokens, shape.num_kv_heads, num_tokens))
+        return torch.stack(masks)
+
+    return torch.stack(list(_CALLS.map(chosen, calls)))
