@@ -72,8 +72,10 @@ print(f"{s.MODEL_ARCHIVE.sha256[:12]}-{s.MODEL_MEMBER.rpartition(chr(47))[2]}")'
   for library in "$PWD"/lib/libisal.so.2*; do ln -s "$library" "$work/lib/libisal.so.2"; done
 fi
 
+limits=(--regions=shm)
+[ "$device" = cuda ] && limits=(--regions=all --device-memory=24GiB --pinned-memory=16GiB)
 LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 \
-  --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" --regions=shm \
+  --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" "${limits[@]}" \
   --default-profile="${PROFILE:-smollm2}" >"$out/dynsplitd.log" 2>&1 &
 server=$!
 for _ in $(seq 200); do

@@ -88,7 +88,8 @@ def _plot_scores(rows: list[Row], path: Path) -> None:
     for axis, mode in zip(axes[0], modes, strict=True):
         chosen = [r for r in rows if (r["mode"], r["kind"], r["task"]) == (mode, "all", "average")]
         for method in sorted({row["method"] for row in chosen}):
-            mine = sorted((float(r["share"]), float(r["score"])) for r in chosen if r["method"] == method)
+            own = [row for row in chosen if row["method"] == method]
+            mine = sorted((float(row["share"]), float(row["score"])) for row in own)
             width = 3 if method in ("dynsplit", "dynsplit_index") else 1
             axis.plot(*zip(*mine, strict=True), marker="o", linewidth=width, label=method)
         if chosen:

@@ -83,7 +83,7 @@ def test_scores_of_logits() -> None:
     assert same["nll"] == pytest.approx(math.log(2))
     assert worse["exact"] == 0 and worse["tokens"] == 0.5
     assert worse["nll"] == pytest.approx((math.log(4) + math.log(2)) / 2)
-    assert worse["kl"] == pytest.approx(0.25 * math.log(2) / 2)  # .5 ln 2 - .25 ln 2, one row of two
+    assert worse["kl"] == pytest.approx(0.25 * math.log(2) / 2)  # .5 ln 2 - .25 ln 2, halved
 
 
 def test_rank_correlation() -> None:

@@ -130,7 +130,7 @@ def tasks_of(kind: str) -> tuple[str, ...]:
 
 
 def _insert(ids: list[int], facts: list[tuple[float, str]], tokenizer: Tokenizer) -> list[int]:
-    """The text with each fact as a paragraph of its own behind the next end of a line or sentence."""
+    """The text with each fact as a paragraph behind the next end of a line or sentence."""
     ends = [i + 1 for i, t in enumerate(ids) if tokenizer.token_bytes(t).endswith((b"\n", b"."))]
     places = []
     for depth, fact in facts:

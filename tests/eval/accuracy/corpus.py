@@ -19,6 +19,9 @@ from dynsplit.capture.sources import Archive, keep_code, unwrap_play, unwrap_pro
 KINDS = ("prose", "code", "dialogue", "logs")
 SPLITS = ("tuning", "held-out")
 
+_PYPYLOG = "d39f888412a5a9cfcbc8f7795a399697f3395015e9b7d6970c7d5d455da4521c"
+_LCET10 = "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f"
+_DECODE_C = "8d7beeafed5ff9f3f00f6e528e92ad6a36059b3549356bed5a9ca3ee16938438"
 _PYGMENTS = Archive(
     requirement="pygments==2.19.2",
     filename="pygments-2.19.2.tar.gz",
@@ -40,7 +43,9 @@ class _Text:
     half: int | None = None  # 0 or 1, None = the whole
 
 
-def _brotli(member: str, sha256: str, clean: Callable[[str], str], half: int | None = None) -> _Text:
+def _brotli(
+    member: str, sha256: str, clean: Callable[[str], str], half: int | None = None
+) -> _Text:
     return _Text(sources.TEXT_ARCHIVE, member, sha256, clean, half)
 
 
@@ -51,14 +56,14 @@ def _known(kind: str, clean: Callable[[str], str], half: int | None = None) -> _
 
 def _log(half: int) -> _Text:
     member = "tests/examplefiles/pypylog/test.pypylog"
-    return _Text(_PYGMENTS, member, "d39f888412a5a9cfcbc8f7795a399697f3395015e9b7d6970c7d5d455da4521c", keep_code, half)
+    return _Text(_PYGMENTS, member, _PYPYLOG, keep_code, half)
 
 
 _TEXTS = {
     ("prose", "tuning"): _known("prose", unwrap_prose),
-    ("prose", "held-out"): _brotli("tests/testdata/lcet10.txt", "5314ba1dbb03f471df88bec6cd120a938ef60d0fd3511c5c1dce61bf7463245f", unwrap_prose),
+    ("prose", "held-out"): _brotli("tests/testdata/lcet10.txt", _LCET10, unwrap_prose),
     ("code", "tuning"): _known("code", _code),
-    ("code", "held-out"): _brotli("c/dec/decode.c", "8d7beeafed5ff9f3f00f6e528e92ad6a36059b3549356bed5a9ca3ee16938438", _code),
+    ("code", "held-out"): _brotli("c/dec/decode.c", _DECODE_C, _code),
     ("dialogue", "tuning"): _known("dialogue", unwrap_play, 0),
     ("dialogue", "held-out"): _known("dialogue", unwrap_play, 1),
     ("logs", "tuning"): _log(0),

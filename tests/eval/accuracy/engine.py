@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill of a prompt, and continuations that read only some of its tokens.
 
-A continuation attends to the prompt's own K and V under a mask: what a cache of the kept rows gives,
-without a copy of the rows for each method (that the service returns those very rows is checked where
-they come back). Shapes: T tokens of the prompt, L layers, Hq query heads, Hkv KV heads, G = Hq / Hkv,
-D head dimension, M readers side by side, A inputs of the continuation.
+A continuation attends to the prompt's own K and V under a mask: what a cache of the kept rows
+gives, without a copy of the rows for each method (that the service returns those very rows is
+checked where they come back). Shapes: T tokens of the prompt, L layers, Hq query heads, Hkv KV
+heads, G = Hq / Hkv, D head dimension, M readers side by side, A inputs of the continuation.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def _attend_and_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         end = min(begin + _QUERY_ROWS, tokens)
         rows = q[begin:end].view(end - begin, kv_heads, -1, dim).permute(1, 2, 0, 3)
         logits = (rows @ keys[:, None, :, :end]).float() * dim**-0.5
-        future = torch.arange(end, device=q.device) > torch.arange(begin, end, device=q.device)[:, None]
+        places = torch.arange(end, device=q.device)
+        future = places > places[begin:, None]
         weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
         received[..., :end] += weights.sum(dim=-2)
         mixed = weights.to(v.dtype) @ values[:, None, :end]
@@ -112,7 +113,7 @@ def read_masked(
     logits = torch.empty(
         (kv_heads, readers, groups, new, num_past + new), dtype=torch.float32, device=q.device
     )
-    logits[..., :num_past] = (flat @ keys.transpose(1, 2)).view(kv_heads, readers, groups, new, -1)
+    logits[..., :num_past] = (flat @ keys.transpose(1, 2)).view(*logits.shape[:-1], num_past)
     own_keys = k.permute(2, 0, 3, 1)[:, :, None]  # [Hkv, M, 1, D, A]
     logits[..., num_past:] = rows @ own_keys
     if mask is not None:

@@ -35,7 +35,7 @@ def available() -> str:
 
 
 def _kvpress() -> None:
-    """Makes kvpress.presses.* importable without the package's own imports (pipeline, data sets)."""
+    """Makes kvpress.presses.* importable without the package's own imports (data sets)."""
     if "kvpress" in sys.modules:
         return
     spec = importlib.util.find_spec("kvpress")

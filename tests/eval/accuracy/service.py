@@ -14,7 +14,7 @@ import torch
 from dynsplit.client import Client
 from dynsplit.session_calls import Step
 from dynsplit.shared import HostRegion
-from dynsplit.tensors import RegionTensor
+from dynsplit.tensors import RegionTensor, to_torch
 from dynsplit.v1 import compression_pb2
 from torch import Tensor
 
@@ -80,7 +80,7 @@ class Service:
         """Puts a prompt where the service finds it."""
         tokens = past.num_tokens
         if tokens > self._max_tokens:
-            raise ValueError(f"the prompt has {tokens} tokens, there is room for {self._max_tokens}")
+            raise ValueError(f"the prompt has {tokens} tokens, room is for {self._max_tokens}")
         for layer in range(self._shape.num_layers):
             self._kv.tensor[0, layer, :tokens] = past.keys[layer]
             self._kv.tensor[1, layer, :tokens] = past.values[layer]
@@ -128,7 +128,7 @@ class Service:
             rows = kept.expand(shape.num_kv_heads, -1).T.long()  # [n, Hkv]
             for returned, own in zip(layer.rows(), (past.keys, past.values), strict=True):
                 expected = own[layer.layer][rows, heads]
-                found = torch.as_tensor(returned).to(expected.device)
+                found = to_torch(returned).to(expected.device)
                 if not torch.equal(found, expected):
                     raise Mismatch(f"{method.name} at {share}: layer {layer.layer}")
         mask = torch.stack(masks)
