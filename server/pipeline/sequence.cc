@@ -97,7 +97,7 @@ absl::Status Upload(std::span<const std::byte> bytes, Backend& backend, Stream& 
 
 // A processor takes 2.5 to 3 ns a token. A device takes some 0.1 ms for the copies to and from it,
 // the profile's table among them, and little for each token, so it pays from about here on.
-constexpr int64_t kDeviceSegmentTokens = 1 << 17;
+constexpr int64_t kDeviceSegmentTokens = 1 << 15;
 
 bool SegmentsOnDevice(const SegmentationPolicy& policy, const DelimiterProfile& profile,
                       int64_t num_tokens, const Backend& backend) {

@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "server/cpu/cpu_backend.h"
@@ -119,12 +120,16 @@ void Run(const std::string& name, Backend& backend, double seconds_per_size) {
 }  // namespace
 }  // namespace dynsplit::bench
 
+// bench_scaling [SECONDS [BACKEND]]: seconds a row at least; cpu, cuda, or both
 int main(int argc, char** argv) {
   const double seconds = argc > 1 ? std::atof(argv[1]) : 1;
+  const std::string_view only = argc > 2 ? argv[2] : "";
   using dynsplit::bench::Check;
-  dynsplit::bench::Run("cpu", *Check(dynsplit::CreateCpuBackend({.num_threads = 2})), seconds);
+  if (only.empty() || only == "cpu") {
+    dynsplit::bench::Run("cpu", *Check(dynsplit::CreateCpuBackend({.num_threads = 2})), seconds);
+  }
 #ifdef DYNSPLIT_HAVE_CUDA
-  if (dynsplit::CudaDeviceCount() > 0) {
+  if (only != "cpu" && dynsplit::CudaDeviceCount() > 0) {
     dynsplit::bench::Run("cuda", *Check(dynsplit::CreateCudaBackend({})), seconds);
   }
 #endif

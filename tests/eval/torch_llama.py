@@ -188,6 +188,12 @@ class TorchLlama:
         """Next-token logits [N, vocab] of [N, E]."""
         return functional.linear(hidden, self._output)
 
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D] of RoPE at positions [N], both halves alike; fp32."""
+        half = self.shape.head_dim // 2
+        sine = self._sin[positions][:, half:]
+        return self._cos[positions], torch.cat((sine, sine), -1)
+
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, self.shape.rms_epsilon)
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: rows of a table, each a policy of the service or a press of kvpress."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from dynsplit import policy
+from dynsplit.client import Client
+from dynsplit.v1 import compression_pb2, types_pb2
+
+FIXED = (8, 16, 32, 64)
+PRESSES = ("snapkv", "chunkkv", "expected_attention", "keydiff", "kvzip")
+_UNIFORM = "eval-uniform"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row.
+
+    Attributes:
+        name: unique within its mode.
+        mode: "evict" or "index".
+        group: "preset", "rigid", "ablation" or "kvpress".
+        choices: arguments of `dynsplit.policy`; empty for presses.
+        needs_received: the policy ranks by the attention that tokens received.
+    """
+
+    name: str
+    mode: str
+    group: str
+    choices: dict[str, Any] = dataclasses.field(default_factory=dict)
+    needs_received: bool = False
+
+    def policy(self, share: float) -> types_pb2.Policy:
+        """The policy at that share of the tokens."""
+        return policy(**self.choices, kept_ratio=share)
+
+
+def weights_profile(kind: str) -> str:
+    """Name of the delimiter profile measured on a kind of text."""
+    return f"eval-{kind}"
+
+
+def put_profiles(client: Client, measured: dict[str, compression_pb2.DelimiterProfile]) -> None:
+    """Stores what the ablations name: all weights alike, and each kind's own weights."""
+    uniform = client.profile("")
+    uniform.name, uniform.description = _UNIFORM, "every delimiter weighs the same"
+    for entry in uniform.weights:
+        entry.weight = 1.0
+    client.put_profile(uniform, replace=True)
+    for kind, profile in measured.items():
+        profile.name = weights_profile(kind)
+        client.put_profile(profile, replace=True)
+
+
+def _cuts(mode: str, base: str) -> list[Method]:
+    """Rigid splittings and ablations of where to cut, everything else as in `base`."""
+    tag = "" if mode == "evict" else "index_"
+
+    def row(name: str, group: str, **choices: Any) -> Method:
+        return Method(tag + name, mode, group, {"preset": base, **choices})
+
+    rigid = [row(f"fixed{n}", "rigid", segmentation="fixed", block_size=n) for n in FIXED]
+    rigid.append(row("delimiters", "rigid", segmentation="delimiter_set"))
+    return [
+        *rigid,
+        row("no_length_control", "ablation", balance=1.0, max_deviation=13),
+        row("no_delimiters", "ablation", segmentation="fixed", block_size=14),
+        row("no_weights", "ablation", profile=_UNIFORM),
+    ]
+
+
+def table(client: Client, kinds: tuple[str, ...], presses: tuple[str, ...]) -> list[Method]:
+    """Every row: the server's presets, rigid splittings, the paper's ablations, and presses."""
+    found = []
+    for preset in client.policies():
+        name = preset.policy.preset
+        mode = "index" if preset.policy.transform == types_pb2.TRANSFORM_INDEX else "evict"
+        received = preset.required_evidence == types_pb2.EVIDENCE_ACCUMULATED_SCORES
+        found.append(Method(name, mode, "preset", {"preset": name}, received))
+    found += _cuts("evict", "dynsplit") + _cuts("index", "dynsplit_index")
+    found.append(
+        Method(
+            "index_mean",
+            "index",
+            "ablation",
+            {"preset": "dynsplit_index", "scoring": "block_mean_key"},
+        )
+    )
+    for kind in kinds:
+        choices = {"preset": "dynsplit", "profile": weights_profile(kind)}
+        found.append(Method(f"weights_of_{kind}", "evict", "ablation", choices))
+    found += [Method(f"kvpress_{name}", "evict", "kvpress") for name in presses]
+    return found

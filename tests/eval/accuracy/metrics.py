@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers of logits, and statistics of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+RESAMPLES = 2000
+Array = npt.NDArray[np.float64]
+
+
+def score_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> list[dict[str, float]]:
+    """What each reader's logits [M, A, vocab] are worth beside those of the full cache [A, vocab].
+
+    Returns:
+        For each reader: "exact", every token of the answer is the likeliest one (which is when
+        greedy decoding says the answer); "tokens", the share of such tokens; "nll", mean negative
+        log-likelihood of the answer's tokens, nats; "kl", mean divergence of the full cache's
+        distribution from the reader's, nats.
+    """
+    wanted = torch.tensor(answer, device=logits.device)
+    found = logits.log_softmax(dim=-1)
+    reference = full.log_softmax(dim=-1)
+    right = logits.argmax(dim=-1) == wanted
+    nll = -found.gather(-1, wanted.expand(len(logits), -1)[..., None])[..., 0].mean(dim=-1)
+    kl = (reference.exp() * (reference - found)).sum(dim=-1).mean(dim=-1)
+    columns = {
+        "exact": right.all(dim=-1).double(),
+        "tokens": right.double().mean(dim=-1),
+        "nll": nll.double(),
+        "kl": kl.double(),
+    }
+    return [{k: float(v[m]) for k, v in columns.items()} for m in range(len(logits))]
+
+
+def interval(
+    groups: Sequence[Array], seed: int, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over groups of their means; cases are resampled in each.
+
+    Paired where the values are differences of one case's two scores.
+    """
+    random = np.random.default_rng(seed)
+    means = np.zeros(resamples)
+    for values in groups:
+        chosen = random.integers(len(values), size=(resamples, len(values)))
+        means += values[chosen].mean(axis=1) / len(groups)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def ranks(values: Sequence[float]) -> Array:
+    """Ranks from 1; ties share their mean."""
+    array = np.asarray(values, np.float64)
+    below = (array[None] < array[:, None]).sum(axis=1)
+    same = (array[None] == array[:, None]).sum(axis=1)
+    return below + (same + 1) / 2
+
+
+def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
+    """Spearman's; NaN for fewer than three pairs or where one side is constant."""
+    if len(left) < 3:
+        return float("nan")
+    a, b = ranks(left), ranks(right)
+    if a.std() == 0 or b.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(a, b)[0, 1])
+

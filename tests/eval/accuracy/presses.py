@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens the presses of kvpress keep of a prompt; they run unchanged on a stand-in module.
+
+A press sees an attention module whose query projection hands back the prompt's own queries before
+RoPE (turned back from those after it), and the model's rotary tables.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_llama import TorchLlama
+
+from .engine import Prefill, read_masked
+
+CHUNK_LENGTH = 20
+_REPEAT = "\n\nRepeat the previous context exactly."
+_REPEAT_ON = "\n\nRepeat the part of the previous context exactly, starting with"
+
+
+def available() -> str:
+    """Empty if presses can run here; otherwise why not."""
+    try:
+        _press("snapkv", 0.5)
+    except ImportError as error:
+        return f"{error}"
+    return ""
+
+
+def _kvpress() -> None:
+    """Makes kvpress.presses.* importable without the package's own imports (data sets)."""
+    if "kvpress" in sys.modules:
+        return
+    spec = importlib.util.find_spec("kvpress")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ImportError("kvpress is not installed")
+    package = types.ModuleType("kvpress")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["kvpress"] = package
+
+
+def _press(name: str, removed: float) -> Any:
+    _kvpress()
+    from kvpress.presses.chunkkv_press import ChunkKVPress
+    from kvpress.presses.expected_attention_press import ExpectedAttentionPress
+    from kvpress.presses.keydiff_press import KeyDiffPress
+    from kvpress.presses.kvzip_press import KVzipPress
+    from kvpress.presses.snapkv_press import SnapKVPress
+
+    logging.getLogger("kvpress").setLevel(logging.ERROR)
+    if name == "chunkkv":
+        return ChunkKVPress(SnapKVPress(removed), chunk_length=CHUNK_LENGTH)
+    classes = {
+        "snapkv": SnapKVPress,
+        "expected_attention": ExpectedAttentionPress,
+        "keydiff": KeyDiffPress,
+        "kvzip": KVzipPress,
+    }
+    return classes[name](compression_ratio=removed)
+
+
+class Judge:
+    """Runs presses on one prompt."""
+
+    def __init__(self, model: TorchLlama, past: Prefill, tokenizer: Any) -> None:
+        """Of a prefill; `tokenizer` is needed by kvzip."""
+        self._model, self._past, self._tokenizer = model, past, tokenizer
+        shape = model.shape
+        self._config = types.SimpleNamespace(
+            num_attention_heads=shape.num_query_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            num_hidden_layers=shape.num_layers,
+            hidden_size=shape.embedding_dim,
+            head_dim=shape.head_dim,
+            _attn_implementation="sdpa",
+        )
+
+    def kept(self, name: str, share: float) -> Tensor:
+        """Bool [L, Hkv, T]."""
+        removed = 1.0 - share
+        if removed <= 0:
+            shape = self._model.shape
+            size = (shape.num_layers, shape.num_kv_heads, self._past.num_tokens)
+            return torch.ones(size, dtype=torch.bool, device=self._model.device)
+        press = _press(name, removed)
+        if name == "kvzip":
+            return self._kvzip(press)
+        layers = range(self._model.shape.num_layers)
+        if name == "chunkkv":
+            return torch.stack([self._compressed(press, layer) for layer in layers])
+        return torch.stack([self._ranked(press, layer) for layer in layers])
+
+    def _module(self, layer: int) -> Any:
+        def rotary(_like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = self._model.rotation(positions[0])
+            return cos[None], sin[None]
+
+        return types.SimpleNamespace(
+            q_proj=torch.nn.Identity(),
+            head_dim=self._model.shape.head_dim,
+            layer_idx=layer,
+            config=self._config,
+            rotary_emb=rotary,
+        )
+
+    def _arguments(self, layer: int, values: Tensor | None = None) -> tuple[Any, ...]:
+        past = self._past
+        positions = torch.arange(past.num_tokens, device=self._model.device)
+        hidden = self._before_rope(past.queries[layer], positions)
+        keys = past.keys[layer].float().transpose(0, 1)[None]
+        if values is None:
+            values = past.values[layer].float().transpose(0, 1)[None]
+        return self._module(layer), hidden, keys, values, None, self._tables(positions)
+
+    def _tables(self, positions: Tensor) -> dict[str, Any]:
+        cos, sin = self._model.rotation(positions)
+        return {"position_embeddings": (cos[None], sin[None])}
+
+    def _before_rope(self, queries: Tensor, positions: Tensor) -> Tensor:
+        """Hidden states [1, N, Hq * D] that project to those queries [N, Hq, D] before RoPE."""
+        cos, sin = (part[:, None] for part in self._model.rotation(positions))
+        exact = queries.float()
+        low, high = exact.chunk(2, dim=-1)
+        return (exact * cos - torch.cat((-high, low), -1) * sin).reshape(1, len(queries), -1)
+
+    def _ranked(self, press: Any, layer: int) -> Tensor:
+        """As ScorerPress.compress: the highest scores of every head."""
+        from kvpress.utils import compute_n_kept
+
+        scores = press.score(*self._arguments(layer))[0]
+        count = compute_n_kept(self._past.num_tokens, press.compression_ratio)
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        return mask.scatter_(-1, scores.topk(count, dim=-1).indices, True)
+
+    def _compressed(self, press: Any, layer: int) -> Tensor:
+        """Of a press that reads no values: row t of every value head holds the number t."""
+        keys = self._past.keys[layer]
+        number = torch.arange(len(keys), device=keys.device, dtype=torch.float32)
+        values = number.view(1, 1, -1, 1).expand(1, keys.shape[1], -1, keys.shape[2])
+        _, moved = press.compress(*self._arguments(layer, values))
+        mask = torch.zeros(keys.shape[1], len(keys), dtype=torch.bool, device=keys.device)
+        return mask.scatter_(-1, moved[0, :, :, 0].long(), True)
+
+    @torch.inference_mode()
+    def _kvzip(self, press: Any) -> Tensor:
+        """The model repeats its context; scores and the global choice are the press's own."""
+        past, shape, device = self._past, self._model.shape, self._model.device
+        tokens = past.num_tokens
+        size = (shape.num_layers, 1, shape.num_kv_heads, tokens)
+        press.score_val = torch.zeros(size, device=device)
+        press.context_length, press.prefix_length, press.start_idx = tokens, 0, 0
+        suffix = self._tokenizer.encode("\n")
+        for begin in range(0, tokens, press.chunk_size):
+            chunk = past.token_ids[begin : begin + press.chunk_size]
+            prompt = self._tokenizer.encode(_REPEAT_ON if begin else _REPEAT)
+            before = past.token_ids[max(0, begin - 8) : begin]
+            words = torch.tensor(prompt, device=device), before, torch.tensor(suffix, device=device)
+            press.start_idx, press.end_idx = begin, begin + len(chunk)
+            self._repeat(press, torch.cat((*words, chunk)))
+        modules = [self._module(layer) for layer in range(shape.num_layers)]
+        layers = [types.SimpleNamespace(self_attn=module) for module in modules]
+        press.compress_post(types.SimpleNamespace(model=types.SimpleNamespace(layers=layers)))
+        masks = torch.ones(shape.num_layers, shape.num_kv_heads, tokens, dtype=torch.bool)
+        for mask, module in zip(masks, modules, strict=True):
+            _, heads, positions = module.masked_key_indices
+            mask[heads, positions] = False
+        return masks.to(device)
+
+    def _repeat(self, press: Any, ids: Tensor) -> None:
+        past = self._past
+        positions = torch.arange(len(ids), device=ids.device) + past.num_tokens
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = (
+                torch.cat((old, new)).float().transpose(0, 1)[None]
+                for old, new in ((past.keys[layer], k), (past.values[layer], v))
+            )
+            hidden = self._before_rope(q, positions)
+            arguments = (hidden, keys, values, None, self._tables(positions))
+            press.score_kvzip(self._module(layer), *arguments)
+            parts = (part[None] for part in (q, k, v))
+            return read_masked(*parts, (past.keys[layer], past.values[layer]), None)[0]
+
+        self._model.hidden_states(ids, positions, attend)
