@@ -49,6 +49,9 @@ void InitProcessMemoryPolicy() {
   mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the most glibc takes
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
   mallopt(M_TOP_PAD, 64 << 20);
+  // One arena for all threads: message slices are freed by other threads than allocate them, and an
+  // arena a thread would keep as many fresh pages each as one needs in all.
+  mallopt(M_ARENA_MAX, 1);
 #endif
   absl::SetMutexDeadlockDetectionMode(absl::OnDeadlockCycle::kIgnore);
 }
