@@ -10,8 +10,10 @@
 //   threshold  the key of the last item taken, by weighted radix selection. Digits are of the
 //              distance from the lowest key, from its first bit that is not always 0: scores share
 //              their leading bits, and lanes would wait for each other at few bins. Each thread
-//              block fills a histogram of its own, then reads those of the team. Histograms are of
-//              integers, so the order of atomics does not show
+//              block fills a histogram of its own, sums its share of the bins over the team, and
+//              reads the sums. Histograms are of integers, so the order of atomics does not show.
+//              Once the items of the bin that the budget ends in are few, they are compared
+//              with each other instead
 //   sum        per warp: weights above the threshold, and at it; ties are taken in order
 //   emit       what the blocks of a line give, at places from prefix sums. A warp's lanes write
 //              neighbouring tokens, whichever blocks they are of
@@ -31,6 +33,8 @@ static_assert(kSelectWarps == kWarp, "a lane each for the sums of all warps");
 inline constexpr int kRadixBits = 11;
 inline constexpr int kBins = 1 << kRadixBits;
 static_assert(kBins == 2 * kSelectThreads, "two bins a thread");
+inline constexpr int kFew = 256;  // items of a team that are compared with each other
+inline constexpr int kFewLanes = kSelectThreads / kFew;
 
 struct Weighted {
   uint32_t key;    // of its score
@@ -47,18 +51,22 @@ struct Extent {
   uint32_t lowest;  // key
   uint32_t highest;
   int32_t weight;  // all of it
+  int32_t num_items;
 };
 
 struct SelectShared {
-  // In turn: those of one pass are read by the team while the next pass fills the others.
-  alignas(16) int32_t bins[2][kBins];
+  alignas(16) int32_t bins[kBins];     // of this thread block
+  int2 team_bins[kSelectThreads / 2];  // of the team: this thread block's share of them
+  Weighted few[kFew];                  // of this thread block; keys are distances from the lowest
+  Weighted team_few[kFew];
+  int32_t num_few;  // of this thread block, those without room too
   Extent extents[kSelectWarps];
   Extent extent;  // of this thread block
   Sums warp_sums[kSelectWarps];
   int32_t bin_sums[kSelectWarps];
   uint32_t threshold;
-  int32_t wanted;  // weight still to take among items with the threshold's known digits
-  bool is_whole;   // all of that is wanted
+  int32_t wanted;      // weight still to take among items with the threshold's known digits
+  int32_t bin_weight;  // of all those items
 };
 
 // What is taken: items above, and of those at it the first ones, up to `wanted`.
@@ -166,18 +174,29 @@ __device__ inline void AddToBin(int32_t* bins, bool counts, uint32_t digit, int3
   }
 }
 
+// The weights of two neighbouring bins over the team. Requires: the team has filled its bins.
+__device__ inline int2 TeamBins(const Team& team, int pair, SelectShared& shared) {
+  if (team.size == 1) return reinterpret_cast<const int2*>(shared.bins)[pair];
+  // Neighbouring lanes read the same two bins of the thread blocks of the team.
+  const int share = kSelectThreads / team.size;  // pairs; the size is a power of two
+  const int rank = static_cast<int>(threadIdx.x) % team.size;
+  const int place = static_cast<int>(threadIdx.x) / team.size;
+  int2 sum = reinterpret_cast<const int2*>(team.At(shared.bins, rank))[team.rank * share + place];
+  for (int offset = 1; offset < team.size; offset *= 2) {
+    sum.x += __shfl_xor_sync(kFullWarp, sum.x, offset);
+    sum.y += __shfl_xor_sync(kFullWarp, sum.y, offset);
+  }
+  if (rank == 0) shared.team_bins[place] = sum;
+  team.Sync();
+  return team.At(shared.team_bins, pair / share)[pair % share];
+}
+
 // Finds the digit at `shift` of the threshold: from the highest bin down, the one in which the
 // wanted weight ends. Requires: it ends in one; the team has filled its bins.
-__device__ inline void FindDigit(const Team& team, int shift, const int32_t* bins, const Run& run,
+__device__ inline void FindDigit(const Team& team, int shift, const Run& run,
                                  SelectShared& shared) {
   const int pair = kSelectThreads - 1 - static_cast<int>(threadIdx.x);
-  int2 weights = {0, 0};
-  for (int i = 0; i < team.size; ++i) {
-    const int rank = (team.rank + i) % team.size;  // not all of the same at once
-    const int2 of_rank = reinterpret_cast<const int2*>(team.At(bins, rank))[pair];
-    weights.x += of_rank.x;
-    weights.y += of_rank.y;
-  }
+  const int2 weights = TeamBins(team, pair, shared);
   const int32_t wanted = shared.wanted;
   const int32_t sum = weights.x + weights.y;
   const int32_t inclusive = InclusiveWarpSum(sum, run.lane);
@@ -188,26 +207,27 @@ __device__ inline void FindDigit(const Team& team, int shift, const int32_t* bin
   const int32_t before = warps_before + inclusive - sum;
   if (before >= wanted || before + sum < wanted) return;
   const bool in_upper = before + weights.y >= wanted;
-  const int32_t left = wanted - before - (in_upper ? 0 : weights.y);
   shared.threshold |= static_cast<uint32_t>(2 * pair + (in_upper ? 1 : 0)) << shift;
-  shared.wanted = left;
-  shared.is_whole = left == (in_upper ? weights.y : weights.x);
+  shared.wanted = wanted - before - (in_upper ? 0 : weights.y);
+  shared.bin_weight = in_upper ? weights.y : weights.x;
 }
 
 // Of all items of the team.
 template <typename ItemLines>
 __device__ Extent FindExtent(const Team& team, const ItemLines& lines, const Run& run,
                              SelectShared& shared) {
-  Extent extent = {~0U, 0, 0};
+  Extent extent = {~0U, 0, 0, 0};
   lines.ForEach([&](const Weighted& item) {
     if (item.weight == 0) return;
     extent.lowest = min(extent.lowest, item.key);
     extent.highest = max(extent.highest, item.key);
     extent.weight += item.weight;
+    ++extent.num_items;
   });
   const auto over_warp = [](const Extent& e) {
     return Extent{__reduce_min_sync(kFullWarp, e.lowest), __reduce_max_sync(kFullWarp, e.highest),
-                  __reduce_add_sync(kFullWarp, e.weight)};
+                  __reduce_add_sync(kFullWarp, e.weight),
+                  __reduce_add_sync(kFullWarp, e.num_items)};
   };
   extent = over_warp(extent);
   if (run.lane == 0) shared.extents[run.warp] = extent;
@@ -216,9 +236,66 @@ __device__ Extent FindExtent(const Team& team, const ItemLines& lines, const Run
   if (team.size == 1) return extent;
   if (threadIdx.x == 0) shared.extent = extent;
   team.Sync();
-  extent = {~0U, 0, 0};
+  extent = {~0U, 0, 0, 0};
   if (run.lane < team.size) extent = *team.At(&shared.extent, run.lane);
   return over_warp(extent);
+}
+
+// Whether so much weight is likely that of a few items.
+__device__ inline bool IsFew(const Extent& extent, int32_t weight) {
+  constexpr int64_t kExpected = kFew * 3 / 4;
+  return int64_t{weight} * extent.num_items <= kExpected * extent.weight;
+}
+
+// Finds all digits of the threshold below `shift`, where those at and above it are known: compares
+// the items that have these with each other. False, and nothing found, if they are more than a
+// few; the same for all threads of the team.
+template <typename ItemLines>
+__device__ bool FindAmongFew(const Team& team, const ItemLines& lines, uint32_t lowest, int shift,
+                             const Run& run, SelectShared& shared) {
+  const uint32_t threshold = shared.threshold;
+  const int32_t wanted = shared.wanted;
+  if (threadIdx.x == 0) shared.num_few = 0;
+  __syncthreads();
+  lines.ForEach([&](const Weighted& item) {
+    const uint32_t distance = item.key - lowest;
+    if (item.weight == 0 || (distance ^ threshold) >> shift != 0) return;
+    const int32_t place = atomicAdd(&shared.num_few, 1);
+    if (place < kFew) shared.few[place] = {distance, item.weight};
+  });
+  team.Sync();
+  const int32_t of_rank = run.lane < team.size ? *team.At(&shared.num_few, run.lane) : 0;
+  const int32_t end = InclusiveWarpSum(of_rank, run.lane);
+  const int32_t total = __shfl_sync(kFullWarp, end, kWarp - 1);
+  if (total > kFew) return false;
+  const int32_t first = __shfl_sync(kFullWarp, end - of_rank, run.warp);
+  const int32_t count = __shfl_sync(kFullWarp, of_rank, run.warp);
+  if (run.warp < team.size) {
+    const Weighted* const few = team.At(shared.few, run.warp);
+    for (int32_t i = run.lane; i < count; i += kWarp) shared.team_few[first + i] = few[i];
+  }
+  __syncthreads();
+  // Each item by kFewLanes lanes, which share the others.
+  const int32_t own = static_cast<int32_t>(threadIdx.x) / kFewLanes;
+  const uint32_t distance = shared.team_few[min(own, total - 1)].key;
+  int32_t above = 0;
+  int32_t ties = 0;
+  for (int32_t i = static_cast<int32_t>(threadIdx.x) % kFewLanes; i < total; i += kFewLanes) {
+    const Weighted other = shared.team_few[i];
+    above += other.key > distance ? other.weight : 0;
+    ties += other.key == distance ? other.weight : 0;
+  }
+#pragma unroll
+  for (int offset = 1; offset < kFewLanes; offset *= 2) {
+    above += __shfl_xor_sync(kFullWarp, above, offset);
+    ties += __shfl_xor_sync(kFullWarp, ties, offset);
+  }
+  if (above < wanted && above + ties >= wanted) {  // all lanes for which it holds are of one key
+    shared.threshold = distance;
+    shared.wanted = wanted - above;
+  }
+  __syncthreads();
+  return true;
 }
 
 // The threshold at which `wanted` is reached. Requires: the items weigh at least that.
@@ -233,25 +310,29 @@ __device__ Threshold FindThreshold(const Team& team, const ItemLines& lines, con
   }
   found.lowest = extent.lowest;
   const int num_bits = 32 - __clz(static_cast<int>(extent.highest - extent.lowest));
-  int pass = 0;
-  for (int top = num_bits; top > 0; ++pass) {
+  for (int top = num_bits; top > 0;) {
     const int shift = max(top - kRadixBits, 0);
     const uint32_t num_digits = 1U << (top - shift);
-    int32_t* const bins = shared.bins[pass % 2];
-    reinterpret_cast<int2*>(bins)[threadIdx.x] = {0, 0};
+    // What the team reads of the last pass it has read before it summed the bins up.
+    reinterpret_cast<int2*>(shared.bins)[threadIdx.x] = {0, 0};
     __syncthreads();
     const uint32_t threshold = shared.threshold;
     lines.ForEach([&](const Weighted& item) {
       // The digit itself where those above agree, else too large.
       const uint32_t digit = ((item.key - found.lowest) ^ threshold) >> shift;
-      AddToBin(bins, item.weight > 0 && digit < num_digits, digit, item.weight, run.lane);
+      AddToBin(shared.bins, item.weight > 0 && digit < num_digits, digit, item.weight, run.lane);
     });
     team.Sync();
-    FindDigit(team, shift, bins, run, shared);
+    FindDigit(team, shift, run, shared);
     __syncthreads();
     top = shift;
     found.shift = shift;
-    if (shared.is_whole) break;
+    if (shared.wanted == shared.bin_weight) break;  // the bin is taken whole
+    if (top > 0 && IsFew(extent, shared.bin_weight) &&
+        FindAmongFew(team, lines, found.lowest, shift, run, shared)) {
+      found.shift = 0;
+      break;
+    }
   }
   if (num_bits == 0) __syncthreads();
   found.value = shared.threshold >> found.shift;

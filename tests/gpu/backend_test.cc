@@ -131,10 +131,11 @@ TEST(CudaBackendTest, OperationWithoutScratchMemoryIsRefusedNotFatal) {
   SelectTokensParams params;
   params.block_scores = all.as<float>();
   params.groups = 1;
-  params.num_tokens = params.num_blocks = 1024;
+  // More tokens than can be ranked without scratch.
+  params.num_tokens = params.num_blocks = 1 << 20;
   params.block_starts = all.as<int32_t>();
   params.protected_tokens = all.as<uint8_t>();
-  params.num_kept = 1024;
+  params.num_kept = params.num_tokens;
   params.kept = params.kept_counts = all.as<int32_t>();
   EXPECT_TRUE(absl::IsResourceExhausted(backend->SelectTokens(params, *stream)));
   EXPECT_TRUE(backend->Healthy().ok());

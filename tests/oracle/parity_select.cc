@@ -251,6 +251,29 @@ void CheckManyBlocks(Backend& backend, ParityShape shape) {
   CheckBatch(backend, cases, starts, 1);
 }
 
+// The budget ends among very many light blocks of nearly equal scores, beside few heavy ones.
+void CheckSelectSkewed(Backend& backend) {
+  constexpr int32_t kHeavy = 20;
+  constexpr int32_t kHeavyTokens = 5000;
+  constexpr int32_t kLight = 3000;
+  SelectionCase test;
+  test.name = "skewed";
+  test.starts = {0};
+  for (int32_t i = 0; i < kHeavy + kLight; ++i) {
+    const bool is_heavy = i < kHeavy;
+    test.starts.push_back(test.starts.back() + (is_heavy ? kHeavyTokens : 1));
+    const float light = 1 + static_cast<float>(i % 5) / (1 << 22);
+    test.block_scores.push_back(!is_heavy ? light : i % 2 == 0 ? 4.0F : -1.0F);
+  }
+  test.protected_tokens.resize(static_cast<size_t>(test.starts.back()));
+  test.protected_tokens[kHeavy * kHeavyTokens + 7] = 1;
+  for (const int32_t light : {1, 700, kLight / 2, kLight}) {
+    test.num_kept = kHeavy / 2 * kHeavyTokens + light;
+    CheckCase(backend, test);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 }  // namespace
 
 void CheckSelectBlocks(Backend& backend, const ParityShape& shape) {
@@ -270,6 +293,8 @@ void CheckSelectTokens(Backend& backend, const ParityShape& shape) {
 
 // As many blocks, groups and tokens of a block as change how a device goes about it.
 void CheckSelectLarge(Backend& backend) {
+  CheckSelectSkewed(backend);
+  if (testing::Test::HasFatalFailure()) return;
   struct LargeCase {
     int64_t num_tokens;
     int32_t min_block, max_block, groups;
@@ -282,7 +307,8 @@ void CheckSelectLarge(Backend& backend) {
                                   {33000, 1, 1, 2},
                                   {150000, 1 << 18, 1 << 18, 2},
                                   {5000, 1, 9, 130},
-                                  {131073, 65536, 65536, 2}};
+                                  {131073, 65536, 65536, 2},
+                                  {1000003, 400, 600, 2}};
   for (const LargeCase& large : kCases) {
     SelectionCase test = RandomCase({.name = "large",
                                      .num_tokens = large.num_tokens,
