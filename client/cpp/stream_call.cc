@@ -34,13 +34,8 @@ void StreamCall::SendChunks() {
   {
     absl::MutexLock lock(&mu_);
     send_chunks_ = true;
-    if (writing_ || write_failed_) return;  // OnWriteDone goes on
-    writing_ = true;
   }
-  // The rest is made in the reactions: this thread reads.
-  outgoing_.Clear();
-  frames_.Next(outgoing_);
-  StartWrite(&outgoing_);
+  Advance();
 }
 
 void StreamCall::Advance() {

@@ -43,7 +43,8 @@ class StreamCall final : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::
   void OnReadDone(bool ok) override;
   void OnWriteDone(bool ok) override;
   void OnDone(const grpc::Status& status) override;
-  // Writes what is ready and makes the next frame. Only from within reactions.
+  // Writes what is ready and makes the next frame; by one thread at a time. Ends when a write is
+  // under way and the frame behind it is made.
   void Advance() ABSL_LOCKS_EXCLUDED(mu_);
 
   RequestFrames& frames_;
