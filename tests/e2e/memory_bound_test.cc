@@ -125,6 +125,8 @@ TEST(MemoryBound, BothProcesses) {
   const pid_t server =
       Spawn({DYNSPLITD, "--backend", "cpu", "--listen", "", "--unix-socket", directory + "/d.sock",
              "--metrics-listen", "", "--log-level", "error", "--threads", "2"});
+  // Before the first try: a connection that failed waits longer and longer for the next.
+  ASSERT_TRUE(Eventually([&] { return std::filesystem::exists(directory + "/d.sock"); }));
   auto client = Client::Connect(target);
   ASSERT_TRUE(client.ok()) << client.status();
   EXPECT_TRUE(Eventually([&] { return (*client)->GetServerInfo().ok(); }));
