@@ -7,11 +7,16 @@
 #   tests/eval.sh pack DIR               on the build machine: what the bundle lacks, into DIR
 #
 # Starts a dynsplitd of its own and runs tests/eval/evaluate.py with the size (small) and options, then
-# report.py. Results go to ${OUT:-tests/eval/results}; a folder of an earlier run there is carried on:
-# RESUME=folder copies that run's cases first. DEVICE=cuda|cpu (cuda where bin/dynsplitd is).
+# report.py. Results go to ${OUT:-tests/eval/results}; a folder of an earlier run there is carried on.
+# RESUME=path, a folder of an earlier run or the cases.tar.gz of one, brings that run's cases and measured
+# weights first; PACK=1 packs them into $OUT/cases.tar.gz at the end, for a run that goes on elsewhere.
+#
+# DEVICE=cuda|cpu (cuda where bin/dynsplitd is). On cuda the engine library is needed (ENGINE, or
+# lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
+# service, tests/mps.sh, is not to be had) ask one server, which may take SERVER_MEMORY GiB (26) of the device.
 # DYNSPLITD, PYTHON, DATA (root of what pack wrote) and WEIGHTS as in tests/decode.sh, whose pack this
 # one extends by the texts and kvpress. Python: as for tests/decode.sh, and tokenizers; for kvpress also
-# transformers.
+# transformers. Exit status 3: some method failed; the table at the end says which.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -21,7 +26,7 @@ if [ "${1:-}" = pack ]; then
   target=${2:?usage: tests/eval.sh pack DIR}
   tests/decode.sh pack "$target"
   cp -r tests/eval/accuracy "$target/tests/eval/"
-  cp tests/eval.sh "$target/tests/"
+  cp tests/eval.sh tests/mps.sh "$target/tests/"
   PYTHONPATH=client/python:tests/eval "$python" - "$target/data" <<'PYTHON'
 import shutil, sys
 from pathlib import Path
@@ -52,10 +57,18 @@ else
   server_binary=${DYNSPLITD:-build/dev/server/dynsplitd} device=${DEVICE:-cpu} cache=
 fi
 mkdir -p "$out"
-[ -n "${RESUME:-}" ] && cp -rn "$RESUME"/. "$out"/
+if [ -f "${RESUME:-}" ]; then
+  tar -xzf "$RESUME" -C "$out" --skip-old-files || exit 1
+elif [ -n "${RESUME:-}" ]; then
+  mkdir -p "$out/cases"
+  cp -n "$RESUME"/cases/*.json "$out/cases/" 2>/dev/null
+  cp -n "$RESUME"/weights_*.pb "$out/" 2>/dev/null
+fi
 work=$(mktemp -d)
 server=
-trap '[ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server" 2>/dev/null; rm -rf "$work"' EXIT
+# shellcheck source=tests/mps.sh
+. tests/mps.sh
+trap '[ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server" 2>/dev/null; mps_stop; rm -rf "$work"' EXIT
 
 options=(--out "$out" --size "$size" --device "$device")
 if [ -n "$cache" ]; then
@@ -73,7 +86,16 @@ print(f"{s.MODEL_ARCHIVE.sha256[:12]}-{s.MODEL_MEMBER.rpartition(chr(47))[2]}")'
 fi
 
 limits=(--regions=shm)
-[ "$device" = cuda ] && limits=(--regions=all --device-memory=24GiB --pinned-memory=16GiB)
+if [ "$device" = cuda ]; then
+  engine=${ENGINE:-$PWD/lib/libdynsplit_engine.so}
+  [ -f "$engine" ] || { echo "eval.sh: no $engine (ENGINE=path)"; exit 1; }
+  mps_start "$work"
+  workers=${WORKERS:-$( ((mps_running)) && echo 8 || echo 1)}
+  memory=${SERVER_MEMORY:-26}
+  limits=(--regions=all --device-memory="${memory}GiB" --pinned-memory=8GiB --workers=8 --max-queue=1024)
+  options+=(--engine "$engine" --dtype bfloat16 --workers "$workers" --calls 4 --server-memory "$memory")
+  echo "engine and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices'), $workers workers"
+fi
 LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 \
   --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" "${limits[@]}" \
   --default-profile="${PROFILE:-smollm2}" >"$out/dynsplitd.log" 2>&1 &
@@ -86,6 +108,16 @@ done
 [ -S "$work/server.sock" ] || { echo "eval.sh: dynsplitd does not listen:"; tail -n 5 "$out/dynsplitd.log"; exit 1; }
 
 evaluation=$([ -n "$cache" ] && echo "$data/tests/eval" || echo tests/eval)
-LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-  "$python" "$evaluation/evaluate.py" --target "unix:$work/server.sock" "${options[@]}" "$@" || exit
-"$python" "$evaluation/report.py" "$out"
+export LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+"$python" "$evaluation/evaluate.py" --target "unix:$work/server.sock" "${options[@]}" "$@"
+status=$?
+if [ "${PACK:-0}" = 1 ]; then
+  (cd "$out" && tar -czf "$work/cases.tar.gz" --ignore-failed-read -- cases weights_*.pb) &&
+    mv "$work/cases.tar.gz" "$out/cases.tar.gz"
+fi
+if [ $status -eq 0 ] || [ $status -eq 3 ]; then
+  "$python" "$evaluation/report.py" "$out" || status=1
+else
+  tail -n 5 "$out/dynsplitd.log"
+fi
+exit $status

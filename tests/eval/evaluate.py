@@ -78,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=sources.cache_dir(), help="model and texts")
     parser.add_argument("--workers", type=int, default=1, help="processes that measure cases")
     parser.add_argument("--calls", type=int, default=2, help="compressions in flight, each worker")
-    parser.add_argument("--session-copies", type=int, default=1, help="shares in a call of Select")
     parser.add_argument("--server-memory", type=float, default=24, help="GiB of the GPU, its own")
     parser.add_argument("--index-positions", type=int, default=8, help="of text and line answers")
     parser.add_argument("--check-one-in", type=int, default=4, help="compressions: rows compared")
@@ -92,7 +91,6 @@ def _setup(arguments: argparse.Namespace, max_tokens: int) -> Setup:
         shares=tuple(float(share) for share in arguments.shares.split(",")),
         index_positions=arguments.index_positions,
         check_one_in=arguments.check_one_in,
-        session_copies=arguments.session_copies,
     )
     return Setup(
         target=arguments.target,

@@ -157,7 +157,7 @@ def test_reading_everything_is_the_full_cache(
         methods.put_profiles(client, {})
         table = [m for m in methods.table(client, (), names)]
         assert {m.mode for m in table} == {"evict", "index"}
-        settings = measure.Settings((0.5, 1.0), index_positions=2, check_one_in=1, session_copies=2)
+        settings = measure.Settings((0.5, 1.0), index_positions=2, check_one_in=1)
         bench = measure.Bench(model, _Words(), service, table, settings)
         result = measure.measure(bench, case)
         bench.close()

@@ -39,15 +39,15 @@ class Settings:
         index_positions: of an answer whose right tokens are counted ("text", "line"), so many are
             measured in mode "index"; answers that are right or wrong are measured whole.
         check_one_in: of the compressions, every n-th is checked row by row.
-        session_copies: sessions of a method on one prompt, so that a call asks for several shares.
         memory_bytes: for the attention of readers side by side.
+        session_bytes: of K and V that this process may keep in sessions at a time.
     """
 
     shares: tuple[float, ...]
     index_positions: int = 8
     check_one_in: int = 4
-    session_copies: int = 1
     memory_bytes: int = 1 << 30
+    session_bytes: int = 4 << 30
 
 
 class Bench:
@@ -198,7 +198,10 @@ def _index_answer(bench: Bench, case: Case) -> tuple[int, ...]:
 def _read(
     bench: Bench, past: Prefill, case: Case, full: Tensor, methods: Sequence[Method]
 ) -> list[dict[str, Any]]:
-    """Rows of some methods of mode "index", share by share."""
+    """Rows of some methods of mode "index".
+
+    With room for it, a method has several sessions, so that one call asks for several shares.
+    """
     answer = _index_answer(bench, case)
     inputs = [case.prompt[-1], *answer[:-1]]
     shares = bench.settings.shares
@@ -210,7 +213,8 @@ def _read(
     rows = []
     with contextlib.ExitStack() as stack:
         sessions = []
-        for _ in range(min(bench.settings.session_copies, len(shares))):
+        copies = _sessions_at_once(bench, past) // len(methods)
+        for _ in range(max(1, min(copies, len(shares)))):
             sessions.append([_opened(service, method, stack) for method in methods])
         for first in range(0, len(shares), at_once):
             some = range(first, min(first + at_once, len(shares)))
@@ -225,6 +229,12 @@ def _read(
     return rows
 
 
+def _sessions_at_once(bench: Bench, past: Prefill) -> int:
+    element_bytes = past.keys[0].element_size()
+    each = bench.model.shape.kv_bytes(past.num_tokens, element_bytes)
+    return max(1, bench.settings.session_bytes // each)
+
+
 def _opened(service: Service, method: Method, stack: contextlib.ExitStack) -> str:
     session = service.open(method)
     stack.callback(service.client.release, session)
@@ -234,21 +244,24 @@ def _opened(service: Service, method: Method, stack: contextlib.ExitStack) -> st
 def _indexed(
     bench: Bench, past: Prefill, case: Case, full: Tensor, notes: _Notes
 ) -> list[dict[str, Any]]:
-    """All methods side by side; where that fails, one by one, so that it is known which."""
-    methods = bench.of("index")
+    """As many methods side by side as have room; where they fail, one by one, to know which."""
+    methods, rows = bench.of("index"), []
+    at_once = _sessions_at_once(bench, past)
     with notes.timed("index"):
-        try:
-            return _read(bench, past, case, full, methods)
-        except _FAILURES as error:
-            if isinstance(error, UnavailableError):
-                raise
-        rows = []
-        for method in methods:
+        for begin in range(0, len(methods), at_once):
+            some = methods[begin : begin + at_once]
             try:
-                rows += _read(bench, past, case, full, [method])
+                rows += _read(bench, past, case, full, some)
+                continue
             except _FAILURES as error:
-                notes.failed(method, None, error)
-        return rows
+                if isinstance(error, UnavailableError):
+                    raise
+            for method in some:
+                try:
+                    rows += _read(bench, past, case, full, [method])
+                except _FAILURES as error:
+                    notes.failed(method, None, error)
+    return rows
 
 
 @torch.inference_mode()

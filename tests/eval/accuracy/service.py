@@ -196,7 +196,7 @@ class Service:
         heads = self.shape.num_kv_heads
         for _, members in itertools.groupby(result.layers, lambda layer: layer.tokens.shape):
             run = list(members)
-            tokens = torch.stack([_as_torch(layer.tokens) for layer in run]).to(device).long()
+            tokens = torch.stack([_as_torch(layer.tokens).to(device) for layer in run]).long()
             yield range(run[0].layer, run[-1].layer + 1), tokens.expand(-1, heads, -1)
 
     def _compare(self, result: Compressed, layers: range, tokens: Tensor, name: str) -> None:

@@ -37,6 +37,7 @@ _ROOM_BEHIND = 2560
 _GRACE_SECONDS = 3.0  # behind the time limit, for what is under way
 _DEVICE_SHARE = 0.9  # of the device's memory, for all processes together
 _FIXED_BYTES = 3 << 29  # of a process: context, weights, shared buffers
+_SESSION_SHARE = 0.7  # of the server's memory, for K and V of sessions
 _COPIES = 2  # of memory_bytes: what the estimate leaves out
 
 
@@ -79,7 +80,10 @@ class Worker:
             torch.set_num_threads(max(1, torch.get_num_threads() // setup.num_workers))
         self._settings = setup.settings
         if setup.device == "cuda":
-            self._settings = dataclasses.replace(self._settings, memory_bytes=_memory_of(setup))
+            sessions = int(setup.server_bytes * _SESSION_SHARE) // setup.num_workers
+            self._settings = dataclasses.replace(
+                self._settings, memory_bytes=_memory_of(setup), session_bytes=sessions
+            )
         reader = GGUFReader(setup.model_file)
         self._tokenizer = GgufTokenizer(reader)
         room = setup.max_tokens + _ROOM_BEHIND
