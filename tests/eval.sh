@@ -98,7 +98,7 @@ if [ "$device" = cuda ]; then
 fi
 LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 \
   --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" "${limits[@]}" \
-  --default-profile="${PROFILE:-smollm2}" >"$out/dynsplitd.log" 2>&1 &
+  --default-profile="${PROFILE:-smollm2}" --log-level=warning >"$out/dynsplitd.log" 2>&1 &
 server=$!
 for _ in $(seq 200); do
   [ -S "$work/server.sock" ] && break

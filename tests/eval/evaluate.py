@@ -29,6 +29,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -227,6 +228,7 @@ def _run(
 def main() -> int:
     """Command line; 0 also where time was up, FAILED where a method failed."""
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # shared memory outlives what is killed
     arguments = _parser().parse_args()
     tokenizer = GgufTokenizer(GGUFReader(sources.model_file(arguments.cache)))
     chosen = _cases(arguments, tokenizer)

@@ -103,15 +103,9 @@ class _Notes:
 
 
 def _row(method: Method, share: float, kept: Kept, score: dict[str, float]) -> dict[str, Any]:
-    return {
-        "method": method.name,
-        "mode": method.mode,
-        "share": share,
-        "mass": kept.mass,
-        "error": kept.error,
-        "kept": kept.share,
-        **score,
-    }
+    numbers = {"mass": kept.mass, "error": kept.error, "kept": kept.share, **score}
+    row: dict[str, Any] = {"method": method.name, "mode": method.mode, "share": share}
+    return row | {name: value and float(f"{value:.7g}") for name, value in numbers.items()}
 
 
 def _is_checked(bench: Bench, case: Case, method: Method, share: float) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib import pyplot
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from .cases import ACCURACY_TASKS
 from .corpus import KINDS
@@ -21,6 +21,7 @@ Row = dict[str, str]
 _HIGHLIGHTED = 8
 _COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#8c564b", "#e377c2")
 _GREY = "#c8c8c8"
+_LEAST_KL = 1e-4  # nats; less is drawn as this
 
 
 def highlighted(rows: Sequence[Row], mode: str, groups: dict[tuple[str, str], str]) -> list[str]:
@@ -75,7 +76,9 @@ def _legend(axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     line = matplotlib.lines.Line2D
     handles = [*handles[::-1], line([], [], color=_GREY), line([], [], color="black", linestyle=":")]
-    axis.legend(handles, [*labels[::-1], "other methods", "full cache"], fontsize=8, frameon=False)
+    labels = [*labels[::-1], "other methods", "full cache"]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}
+    axis.legend(handles, labels, fontsize=8, frameon=False, **place)
 
 
 def plot_scores(rows: Sequence[Row], groups: dict[tuple[str, str], str], path: Path) -> None:
@@ -97,14 +100,16 @@ def plot_kinds(rows: Sequence[Row], groups: dict[tuple[str, str], str], path: Pa
     modes = sorted({row["mode"] for row in rows})
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     size = (3.6 * len(kinds), 3.4 * len(modes))
-    figure, axes = pyplot.subplots(len(modes), len(kinds), figsize=size, squeeze=False)
+    grid = {"figsize": size, "squeeze": False, "sharey": "row"}
+    figure, axes = pyplot.subplots(len(modes), len(kinds), **grid)
     for line, mode in zip(axes, modes, strict=True):
         for axis, kind in zip(line, kinds, strict=True):
             _draw(axis, _of(rows, mode, kind), highlighted(rows, mode, groups))
             axis.set_title(f"{mode}, {kind}", fontsize=10)
         line[0].set_ylabel("average")
-        line[-1].legend(*line[0].get_legend_handles_labels(), fontsize=7, frameon=False)
-        line[-1].get_legend().set(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        handles, labels = line[0].get_legend_handles_labels()
+        beside = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        line[-1].legend(handles[::-1], labels[::-1], fontsize=7, frameon=False, **beside)
     _save(figure, path)
 
 
@@ -115,11 +120,13 @@ def plot_receipts(rows: Sequence[Row], path: Path) -> None:
             ("relative error of attention's output", lambda row: float(row["error"])))  # fmt: skip
     for axis, (label, value) in zip(axes, says, strict=True):
         for number, share in enumerate(sorted({row["share"] for row in rows}, key=float)):
-            mine = [(value(row), float(row["kl"])) for row in rows if row["share"] == share]
+            mine = [(value(r), max(_LEAST_KL, float(r["kl"]))) for r in rows if r["share"] == share]
             name = f"{100 * float(share):g} % kept"
             colour = _COLOURS[number % len(_COLOURS)]
             axis.scatter(*zip(*mine, strict=True), s=14, alpha=0.7, color=colour, label=name)
-        axis.set_yscale("symlog", linthresh=1e-2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.grid(axis="y", which="both", color="#f2f2f2", zorder=0)
         axis.set_xlabel(f"{label}, as the receipt says")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL from the full cache, nats")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import multiprocessing.util
+import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
@@ -36,7 +38,7 @@ from .service import Service
 _ROOM_BEHIND = 2560
 _GRACE_SECONDS = 3.0  # behind the time limit, for what is under way
 _DEVICE_SHARE = 0.9  # of the device's memory, for all processes together
-_FIXED_BYTES = 3 << 29  # of a process: context, weights, shared buffers
+_FIXED_BYTES = 2 << 30  # of a process, not torch's: context, shared buffers
 _SESSION_SHARE = 0.7  # of the server's memory, for K and V of sessions
 _COPIES = 2  # of memory_bytes: what the estimate leaves out
 
@@ -76,7 +78,7 @@ class Worker:
     def __init__(self, setup: Setup) -> None:
         """Loads the model and shares memory."""
         dtype = getattr(torch, setup.dtype)
-        if setup.device == "cpu" and setup.num_workers > 1:
+        if setup.num_workers > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // setup.num_workers))
         self._settings = setup.settings
         if setup.device == "cuda":
@@ -130,10 +132,11 @@ def _memory_of(setup: Setup) -> int:
     """Bytes for attention in this process; also the most that torch may take here."""
     _, total = torch.cuda.mem_get_info()
     share = (total * _DEVICE_SHARE - setup.server_bytes) / setup.num_workers
-    if share < 2 * _FIXED_BYTES:
+    own = share - _FIXED_BYTES
+    if own < _FIXED_BYTES / 2:
         raise ValueError(f"{setup.num_workers} processes have {share / 2**30:.1f} GiB each")
-    torch.cuda.set_per_process_memory_fraction(share / total)
-    return int(share - _FIXED_BYTES) // _COPIES
+    torch.cuda.set_per_process_memory_fraction(own / total)
+    return int(own) // _COPIES
 
 
 _worker: Worker | None = None
@@ -141,6 +144,7 @@ _worker: Worker | None = None
 
 def _begin(setup: Setup) -> None:
     global _worker
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # shared memory outlives what is killed
     _worker = Worker(setup)
     multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
 
