@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy.corpus import KINDS  # noqa: E402
-from accuracy.metrics import rank_correlation  # noqa: E402
-from accuracy.summary import COUNTED, REFERENCE, TASKS  # noqa: E402
+from accuracy.corpus import KINDS
+from accuracy.metrics import rank_correlation
+from accuracy.summary import COUNTED, REFERENCE, TASKS
 
 Row = dict[str, str]
 

@@ -21,6 +21,8 @@ import pytest
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from dynsplit.client import Client  # noqa: E402
+
 import report  # noqa: E402
 from accuracy import (  # noqa: E402
     cases,
@@ -35,7 +37,6 @@ from accuracy import (  # noqa: E402
 )
 from accuracy.service import Mismatch, Service  # noqa: E402
 from buffers import HostBuffers  # noqa: E402
-from dynsplit.client import Client  # noqa: E402
 from torch_llama import TINY, TorchLlama, attend_prompt  # noqa: E402
 
 TOKENS = 200

@@ -105,7 +105,8 @@ def _variables(rng: random.Random, depth: float) -> _Draft:
 
 
 def _qa(rng: random.Random, depth: float) -> _Draft:
-    people = [f"{n} {f}" for n, f in zip(rng.sample(_NAMES, 3), rng.sample(_FAMILIES, 3))]
+    names, families = rng.sample(_NAMES, 3), rng.sample(_FAMILIES, 3)
+    people = [f"{name} {family}" for name, family in zip(names, families, strict=True)]
     cities = rng.sample(_CITIES, 3)
     places = [depth, rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.95)]
     facts = [

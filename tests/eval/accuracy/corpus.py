@@ -13,10 +13,10 @@ No text is in both parts. They are fetched when they are first needed, and never
                         Lisp (GPL)
     dialogue  tuning    the paragraphs of Alice's Adventures in which somebody speaks
               held-out  As You Like It (public domain)
-    logs      tuning    the change log of Pygments (BSD); a query plan as PostgreSQL logs it; the
-                        records of termcap
-              held-out  a trace log of PyPy's just-in-time compiler; the build record of a package of
-                        Thunderbird (all three as Pygments ships them, BSD)
+    logs      tuning    the change log of Pygments (BSD); a query plan as PostgreSQL logs it and the
+                        records of termcap (as Pygments ships them)
+              held-out  a trace log of PyPy's just-in-time compiler; the record of a build of
+                        Thunderbird (as Pygments ships them)
 """
 
 from __future__ import annotations
@@ -131,12 +131,8 @@ _TEXTS: dict[tuple[str, str], tuple[_Text, ...]] = {
             "9289fcc6076c2db41dd628f6339be3a7737b01f372db6981fc9b436305dd29f0",
         ),
     ),
-    ("dialogue", "tuning"): (
-        _known("prose", _spoken),
-    ),
-    ("dialogue", "held-out"): (
-        _known("dialogue", unwrap_play),
-    ),
+    ("dialogue", "tuning"): (_known("prose", _spoken),),
+    ("dialogue", "held-out"): (_known("dialogue", unwrap_play),),
     ("logs", "tuning"): (
         _pygments(
             "CHANGES",

@@ -102,7 +102,7 @@ def read_masked(
     Returns:
         [M, A, Hq, D].
     """
-    readers, new, heads, dim = q.shape
+    readers, new, _, dim = q.shape
     kv_heads = k.shape[2]
     num_past = past[0].shape[0]
     rows = q.view(readers, new, kv_heads, -1, dim).permute(2, 0, 3, 1, 4)  # [Hkv, M, G, A, D]
@@ -131,9 +131,10 @@ def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last N tokens [N, Hq, D] over all T tokens [T, Hkv, D], causal."""
     groups = q.shape[1] // k.shape[1]
     keys, values = (part.repeat_interleave(groups, dim=1) for part in (k, v))
-    parts = (part.transpose(0, 1)[None] for part in (q, keys, values))
+    query, key, value = (part.transpose(0, 1)[None] for part in (q, keys, values))
     mask = causal_lower_right(len(q), len(k))
-    return functional.scaled_dot_product_attention(*parts, attn_mask=mask)[0].transpose(0, 1)
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return mixed[0].transpose(0, 1)
 
 
 def readers_at_once(shape: Shape, memory_bytes: int, num_past: int, num_new: int) -> int:

@@ -114,15 +114,22 @@ def _is_checked(bench: Bench, case: Case, method: Method, share: float) -> bool:
     return number % bench.settings.check_one_in == 0
 
 
-def _kept(
-    bench: Bench, past: Prefill, case: Case, masks: Tensor, notes: _Notes
-) -> list[tuple[int, Method, float, Kept]]:
-    """Fills masks [jobs, L, Hkv, T]; the jobs that succeeded, with their number.
+@dataclasses.dataclass(frozen=True)
+class _Done:
+    """A method at a share whose mask is there, as number `number` of all."""
+
+    number: int
+    method: Method
+    share: float
+    kept: Kept
+
+
+def _kept(bench: Bench, past: Prefill, case: Case, masks: Tensor, notes: _Notes) -> list[_Done]:
+    """Fills masks [jobs, L, Hkv, T]; the jobs that succeeded.
 
     The service compresses while the presses run here.
     """
-    shares = bench.settings.shares
-    jobs = [(method, share) for method in bench.of("evict") for share in shares]
+    jobs = [(method, share) for method in bench.of("evict") for share in bench.settings.shares]
     calls = {
         number: bench.compressions.submit(
             bench.service.evict, *job, masks[number], _is_checked(bench, case, *job)
@@ -142,16 +149,16 @@ def _kept(
                 notes.failed(method, share, error)
                 continue
             masks[number] = mask
-            found.append((number, method, share, Kept(float(mask.float().mean()))))
+            found.append(_Done(number, method, share, Kept(float(mask.float().mean()))))
     with notes.timed("compressions"):
         for number, call in calls.items():
             method, share = jobs[number]
-            error = call.exception()
-            if error is None:
-                found.append((number, method, share, call.result()))
+            failure = call.exception()
+            if failure is None:
+                found.append(_Done(number, method, share, call.result()))
             else:
-                notes.failed(method, share, error)
-    return sorted(found, key=lambda entry: entry[0])
+                notes.failed(method, share, failure)
+    return sorted(found, key=lambda entry: entry.number)
 
 
 def _evicted(
@@ -162,13 +169,13 @@ def _evicted(
     num_jobs = len(bench.of("evict")) * len(bench.settings.shares)
     size = (num_jobs, shape.num_layers, shape.num_kv_heads, past.num_tokens)
     masks = torch.empty(size, dtype=torch.bool, device=bench.model.device)
-    kept = _kept(bench, past, case, masks, notes)
+    done = _kept(bench, past, case, masks, notes)
     at_once = readers_at_once(shape, bench.settings.memory_bytes, past.num_tokens, len(inputs))
-    rows = []
+    rows: list[dict[str, Any]] = []
     with notes.timed("continuations"):
-        while len(rows) < len(kept):
-            some = kept[len(rows) : len(rows) + at_once]
-            chosen = masks[[number for number, *_ in some]]
+        while len(rows) < len(done):
+            some = done[len(rows) : len(rows) + at_once]
+            chosen = masks[[entry.number for entry in some]]
             try:
                 logits = continue_with(bench.model, past, inputs, len(some), _reader_of(chosen))
                 scores = metrics.score_logits(logits, full, case.answer)
@@ -177,7 +184,10 @@ def _evicted(
                     raise
                 at_once //= 2
                 continue
-            rows += [_row(*job, score) for (_, *job), score in zip(some, scores, strict=True)]
+            rows += [
+                _row(entry.method, entry.share, entry.kept, score)
+                for entry, score in zip(some, scores, strict=True)
+            ]
     return rows
 
 

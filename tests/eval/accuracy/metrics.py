@@ -43,9 +43,7 @@ def _draws(num_values: int, seed: int, resamples: int) -> Array:
     return random.multinomial(num_values, even, size=resamples).astype(np.float64)
 
 
-def interval(
-    groups: Sequence[Array], seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def interval(groups: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over groups of their means; cases are resampled in each.
 
     Paired where the values are differences of one case's two scores.
@@ -63,7 +61,7 @@ def ranks(values: Sequence[float]) -> Array:
     array = np.asarray(values, np.float64)
     below = (array[None] < array[:, None]).sum(axis=1)
     same = (array[None] == array[:, None]).sum(axis=1)
-    return below + (same + 1) / 2
+    return np.asarray(below + (same + 1) / 2, np.float64)
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
@@ -74,4 +72,3 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
     if a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-

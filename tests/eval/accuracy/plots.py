@@ -11,7 +11,6 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from .cases import ACCURACY_TASKS
 from .corpus import KINDS
 from .summary import REFERENCE
 
@@ -52,7 +51,9 @@ def _draw(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
             continue
         shares, scores, low, high = zip(*sorted(lines[name]), strict=True)
         colour, ours = _COLOURS[number], number == 0
-        axis.fill_between(shares, low, high, color=colour, alpha=0.18 if ours else 0.06, linewidth=0)
+        axis.fill_between(
+            shares, low, high, color=colour, alpha=0.18 if ours else 0.06, linewidth=0
+        )
         axis.plot(
             *(shares, scores),
             color=colour,
@@ -75,7 +76,11 @@ def _draw(axis: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
 def _legend(axis: Any) -> None:
     handles, labels = axis.get_legend_handles_labels()
     line = matplotlib.lines.Line2D
-    handles = [*handles[::-1], line([], [], color=_GREY), line([], [], color="black", linestyle=":")]
+    handles = [
+        *handles[::-1],
+        line([], [], color=_GREY),
+        line([], [], color="black", linestyle=":"),
+    ]
     labels = [*labels[::-1], "other methods", "full cache"]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.12), "ncols": 3}
     axis.legend(handles, labels, fontsize=8, frameon=False, **place)
@@ -88,10 +93,12 @@ def plot_scores(rows: Sequence[Row], groups: dict[tuple[str, str], str], path: P
     for axis, mode in zip(axes[0], modes, strict=True):
         chosen = _of(rows, mode, "all")
         _draw(axis, chosen, highlighted(rows, mode, groups))
-        what = "kept, the rest is dropped" if mode == "evict" else "read by a step, nothing is dropped"
+        what = (
+            "kept, the rest is dropped" if mode == "evict" else "read by a step, nothing is dropped"
+        )
         axis.set(title=f"{mode}: {what}", xlabel="share of the tokens")
         _legend(axis)
-    axes[0][0].set_ylabel(f"average over {', '.join(ACCURACY_TASKS)}")
+    axes[0][0].set_ylabel("average score")
     _save(figure, path)
 
 
@@ -100,8 +107,9 @@ def plot_kinds(rows: Sequence[Row], groups: dict[tuple[str, str], str], path: Pa
     modes = sorted({row["mode"] for row in rows})
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     size = (3.6 * len(kinds), 3.4 * len(modes))
-    grid = {"figsize": size, "squeeze": False, "sharey": "row"}
-    figure, axes = pyplot.subplots(len(modes), len(kinds), **grid)
+    figure, axes = pyplot.subplots(
+        len(modes), len(kinds), figsize=size, squeeze=False, sharey="row"
+    )
     for line, mode in zip(axes, modes, strict=True):
         for axis, kind in zip(line, kinds, strict=True):
             _draw(axis, _of(rows, mode, kind), highlighted(rows, mode, groups))

@@ -120,7 +120,8 @@ class Judge:
             """A press that was asked before."""
 
             def score(self, module: Any, *_: Any) -> Tensor:
-                return module.scores
+                scores: Tensor = module.scores
+                return scores
 
         press = ChunkKVPress(Given(removed), chunk_length=CHUNK_LENGTH)
         scores = self._scored("snapkv", _press("snapkv", removed)).cpu()
@@ -197,7 +198,8 @@ class Judge:
             words = torch.tensor(prompt, device=device), before, torch.tensor(suffix, device=device)
             press.start_idx, press.end_idx = begin, begin + len(chunk)
             self._repeat(press, torch.cat((*words, chunk)))
-        return press.score_val
+        scores: Tensor = press.score_val
+        return scores
 
     def _repeat(self, press: Any, ids: Tensor) -> None:
         past = self._past

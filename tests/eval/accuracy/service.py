@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from dynsplit.client import Client
-from dynsplit.compression import Compressed
+from dynsplit.results import Compressed
 from dynsplit.tensors import RegionSlice, RegionTensor, to_torch
 from dynsplit.v1 import compression_pb2
 from torch import Tensor
@@ -186,7 +186,7 @@ class Service:
             yield
             return
         if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream()
+            self._streams.own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._streams.own):
             yield
         self._streams.own.synchronize()

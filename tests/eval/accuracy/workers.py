@@ -108,7 +108,7 @@ class Worker:
         """Delimiter weights that the service measures on a text; a DelimiterProfile."""
         self._service.load(prefill(self._model, token_ids, with_received=False))
         profile: compression_pb2.DelimiterProfile = self._service.calibrate()
-        return profile.SerializeToString()
+        return bytes(profile.SerializeToString())
 
     def measure(self, case: Case, methods: Sequence[Method]) -> dict[str, Any]:
         """As measure.measure."""
@@ -239,5 +239,3 @@ class _Clock:
         if self._end is None:
             return None
         return max(0.0, self._end - time.monotonic()) + _GRACE_SECONDS
-
-
