@@ -9,7 +9,8 @@
 # Starts a dynsplitd of its own and runs tests/eval/evaluate.py with the size (small) and options, then
 # report.py. Results go to ${OUT:-tests/eval/results}; a folder of an earlier run there is carried on.
 # RESUME=path, a folder of an earlier run or the cases.tar.gz of one, brings that run's cases and measured
-# weights first; PACK=1 packs them into $OUT/cases.tar.gz at the end, for a run that goes on elsewhere.
+# weights first. PACK=1 is for a run that goes on elsewhere, or a host that gives back few files: it works in a
+# folder of its own and leaves in OUT only cases.tar.gz, results.tar.gz (all else), report.md and summary.csv.
 #
 # DEVICE=cuda|cpu (cuda where bin/dynsplitd is). On cuda the engine library is needed (ENGINE, or
 # lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
@@ -57,6 +58,10 @@ else
   server_binary=${DYNSPLITD:-build/dev/server/dynsplitd} device=${DEVICE:-cpu} cache=
 fi
 mkdir -p "$out"
+out=$(realpath "$out")
+work=$(mktemp -d)
+packed=$out
+[ "${PACK:-0}" = 1 ] && out=$work/out && mkdir "$out"
 if [ -f "${RESUME:-}" ]; then
   tar -xzf "$RESUME" -C "$out" --skip-old-files || exit 1
 elif [ -n "${RESUME:-}" ]; then
@@ -64,7 +69,6 @@ elif [ -n "${RESUME:-}" ]; then
   cp -n "$RESUME"/cases/*.json "$out/cases/" 2>/dev/null
   cp -n "$RESUME"/weights_*.pb "$out/" 2>/dev/null
 fi
-work=$(mktemp -d)
 server=
 # shellcheck source=tests/mps.sh
 . tests/mps.sh
@@ -111,13 +115,15 @@ evaluation=$([ -n "$cache" ] && echo "$data/tests/eval" || echo tests/eval)
 export LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 "$python" "$evaluation/evaluate.py" --target "unix:$work/server.sock" "${options[@]}" "$@"
 status=$?
-if [ "${PACK:-0}" = 1 ]; then
-  (cd "$out" && tar -czf "$work/cases.tar.gz" --ignore-failed-read -- cases weights_*.pb) &&
-    mv "$work/cases.tar.gz" "$out/cases.tar.gz"
-fi
 if [ $status -eq 0 ] || [ $status -eq 3 ]; then
   "$python" "$evaluation/report.py" "$out" || status=1
 else
   tail -n 5 "$out/dynsplitd.log"
+fi
+if [ "$out" != "$packed" ]; then
+  (cd "$out" && find cases weights_*.pb run.json -type f -print0 2>/dev/null |
+    tar -czf "$packed/cases.tar.gz" --null -T -) || status=1
+  tar -czf "$packed/results.tar.gz" -C "$out" --exclude=./cases . || status=1
+  cp "$out/report.md" "$out/summary.csv" "$packed/" 2>/dev/null
 fi
 exit $status

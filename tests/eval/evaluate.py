@@ -71,7 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--grid", type=Path, metavar="JSON", help="further methods, see above")
     parser.add_argument("--presses", default=",".join(methods.PRESSES), help="of kvpress")
     parser.add_argument("--max-cases", type=int, default=0, help="0 = all")
-    parser.add_argument("--time-limit", type=float, default=0, help="seconds; 0 = none")
+    parser.add_argument(
+        "--time-limit", type=float, default=0, help="seconds of measuring; 0 = none"
+    )
     parser.add_argument("--again", action="store_true", help="measure cases with failures again")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--engine", type=Path, help="libdynsplit_engine.so: share device memory")
@@ -166,22 +168,8 @@ def _config(arguments: argparse.Namespace, table: list[methods.Method]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _write_results(folder: Path, measured: list[dict[str, Any]]) -> None:
-    found = summary.cells(measured)
-    receipts = summary.receipts(measured)
-    summary.write(folder / "summary.csv", summary.SUMMARY, summary.summary(found))
-    summary.write(folder / "comparisons.csv", summary.COMPARISONS, summary.comparisons(found))
-    summary.write(folder / "receipts.csv", summary.RECEIPTS, receipts)
-    kl = [row["kl"] for row in receipts]
-    for name, sign in (("mass", -1), ("error", 1)):
-        value = metrics.rank_correlation([sign * row[name] for row in receipts], kl)
-        print(f"rank correlation of the receipt's {name} with KL, {len(kl)} cells: {value:.3f}")
-
-
-def _report_failures(folder: Path, measured: list[dict[str, Any]]) -> bool:
-    """Writes and prints what failed, by method; whether anything did."""
-    rows = summary.failures(measured)
-    summary.write(folder / "failures.csv", summary.FAILURES, rows)
+def _report_failures(rows: list[dict[str, Any]]) -> bool:
+    """Prints what failed, by method; whether anything did."""
     for row in rows:
         method = f"{row['method']} ({row['mode']})"
         print(f"FAILED {method}, {row['cases']} cases, shares {row['shares']}: {row['error']}")
@@ -242,16 +230,25 @@ def main() -> int:
             methods.put_profiles(client, profiles)
             table = _table(arguments, client)
             config = _config(arguments, table)
-            described = [dataclasses.asdict(method) for method in table]
-            (arguments.out / "methods.json").write_text(json.dumps(described, indent=1))
+            described = {
+                "config": config,
+                "methods": [dataclasses.asdict(method) for method in table],
+                "cases": [case.name for case in chosen],
+            }
+            (arguments.out / summary.RUN).write_text(json.dumps(described, indent=1))
             _run(workers, chosen, table, config, arguments, begin)
     finally:
         workers.close()
-    names = {case.name for case in chosen}
-    measured = [c for c in summary.load(arguments.out / "cases", config) if c["case"] in names]
-    _write_results(arguments.out, measured)
+    measured = summary.load(arguments.out)
+    tables = summary.tables(measured)
+    summary.write_all(arguments.out, tables)
+    receipts = tables["receipts"]
+    kl = [row["kl"] for row in receipts]
+    for name, sign in (("mass", -1), ("error", 1)):
+        value = metrics.rank_correlation([sign * row[name] for row in receipts], kl)
+        print(f"rank correlation of the receipt's {name} with KL, {len(kl)} cells: {value:.3f}")
     print(f"{arguments.out}/summary.csv: {len(measured)} of {len(chosen)} cases")
-    return FAILED if _report_failures(arguments.out, measured) else 0
+    return FAILED if _report_failures(tables["failures"]) else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of evaluate.py's results: report.py FOLDER writes report.md and PNGs there.
+"""Tables and plots of evaluate.py's results.
 
-Reads summary.csv, comparisons.csv, receipts.csv, failures.csv and methods.json.
+    report.py FOLDER [--recount]     writes report.md and PNGs into FOLDER
+
+Reads the CSVs and run.json. --recount writes the CSVs anew from FOLDER/cases first: after a run
+elsewhere, or a change of what is counted.
+
 
 Plots need matplotlib; without it there are tables only.
 """
@@ -16,9 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy.corpus import KINDS
+from accuracy.cases import KINDS
 from accuracy.metrics import rank_correlation
-from accuracy.summary import COUNTED, REFERENCE, TASKS
+from accuracy.summary import COUNTED, REFERENCE, RUN, TASKS, load, tables, write_all
 
 Row = dict[str, str]
 
@@ -151,9 +155,11 @@ def _receipts(rows: list[Row]) -> list[str]:
 def main() -> int:
     """Command line."""
     folder = Path(sys.argv[1])
+    if "--recount" in sys.argv[2:]:
+        write_all(folder, tables(load(folder)))
     rows, receipts = _read(folder / "summary.csv"), _read(folder / "receipts.csv")
     comparisons = _read(folder / "comparisons.csv")
-    described = json.loads((folder / "methods.json").read_text())
+    described = json.loads((folder / RUN).read_text())["methods"]
     groups = {(method["mode"], method["name"]): method["group"] for method in described}
     lines = ["## Accuracy through the service", ""]
     lines += [

@@ -21,7 +21,9 @@ import pytest
 torch = pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from dynsplit import tensors  # noqa: E402
 from dynsplit.client import Client  # noqa: E402
+from dynsplit.v1 import types_pb2  # noqa: E402
 
 import report  # noqa: E402
 from accuracy import (  # noqa: E402
@@ -278,6 +280,14 @@ def test_a_grid_is_checked(row: dict[str, object], tmp_path: Path) -> None:
         methods.grid(tmp_path / "grid.json")
 
 
+def test_a_room_may_be_a_tensor() -> None:
+    """As on a device: what was written there is seen in its own type, without a copy."""
+    rows = torch.arange(12).view(2, 3, 2).bfloat16()
+    room = rows.view(torch.uint8).flatten()
+    found = tensors.from_bytes(room, types_pb2.DTYPE_BFLOAT16, (2, 3, 2))
+    assert torch.equal(found, rows) and found.data_ptr() == room.data_ptr()
+
+
 def test_other_rows_are_found_out(model: TorchLlama, case: cases.Case, client: Client) -> None:
     service, buffers = _service(client)
     try:
@@ -412,24 +422,25 @@ def test_report_of_small_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     right = {"dynsplit": 1.0, "snapkv": 0.0, "no_weights": 0.5}
     measured = [_measured(f"prose-qa-2048-{n}", right, 1.0) for n in range(3)]
     measured[0]["failures"] = [{"method": "x", "mode": "index", "share": None, "error": "E: why"}]
-    found = summary.cells(measured)
-    for name, columns, rows in (
-        ("summary", summary.SUMMARY, summary.summary(found)),
-        ("comparisons", summary.COMPARISONS, summary.comparisons(found)),
-        ("receipts", summary.RECEIPTS, summary.receipts(measured)),
-        ("failures", summary.FAILURES, summary.failures(measured)),
-    ):
-        summary.write(tmp_path / f"{name}.csv", columns, rows)
+    (tmp_path / "cases").mkdir()
+    for number, case in enumerate(measured):
+        config = "other" if number == 2 else "this"
+        (tmp_path / f"cases/{case['case']}.json").write_text(json.dumps(case | {"config": config}))
+    described = {
+        "config": "this",
+        "methods": [{"name": n, "mode": "evict", "group": g} for n, g in table.items()],
+        "cases": [case["case"] for case in measured] + ["prose-qa-2048-3"],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(described))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), "--recount"])
+    assert report.main() == 0
     header = (tmp_path / "summary.csv").read_text().splitlines()[0]
     assert header == "method,mode,share,kind,task,n,score,full_score,lo,hi"
-    described = [{"name": n, "mode": "evict", "group": g} for n, g in table.items()]
-    (tmp_path / "methods.json").write_text(json.dumps(described))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    assert report.main() == 0
     text = (tmp_path / "report.md").read_text()
     assert "| no_weights | +0.500 [+0.500, +0.500] |" in text  # of the ablations
     assert "| x | index | 1 | all | E: why |" in text
     assert "| dynsplit | 1.000 | 1.000 |" in text  # by kind
+    assert "| *cases* | 2 |" in text  # the third was of another run, the fourth is missing
 
 
 def test_no_case_begins_that_would_end_too_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+KINDS = ("prose", "code", "dialogue", "logs")  # of texts
 # Tasks that are right or wrong; "kl" and "nll" come from the true continuations of "text" cases.
 ACCURACY_TASKS = ("passkey", "multikey", "variables", "qa", "line")
 CONTINUATION = 32  # tokens of "text"

@@ -31,7 +31,10 @@ from pathlib import Path
 from dynsplit.capture import CaptureError, sources
 from dynsplit.capture.sources import Archive, keep_code, unwrap_play, unwrap_prose
 
-KINDS = ("prose", "code", "dialogue", "logs")
+from .cases import KINDS
+
+__all__ = ["KINDS", "SPLITS", "files", "load"]
+
 SPLITS = ("tuning", "held-out")
 
 _PYGMENTS = Archive(

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib import pyplot
 from matplotlib.ticker import NullLocator, ScalarFormatter
 
-from .corpus import KINDS
+from .cases import KINDS
 from .summary import REFERENCE
 
 matplotlib.use("Agg")

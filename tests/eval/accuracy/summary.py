@@ -37,6 +37,7 @@ SUMMARY = ("method", "mode", "share", "kind", "task", "n", "score", "full_score"
 COMPARISONS = ("mode", "share", "task", "method", "other", "n", "difference", "lo", "hi")
 FAILURES = ("method", "mode", "cases", "shares", "error")
 RECEIPTS = ("method", "share", "kind", "n", "mass", "error", "kl")
+RUN = "run.json"  # {"config", "methods", "cases"}: what the last run was asked for
 REFERENCE = {"evict": "dynsplit", "index": "dynsplit_index"}
 TASKS = (*ACCURACY_TASKS, "kl", "nll")
 COUNTED = 0.2
@@ -53,10 +54,12 @@ def task_scores(task: str, score: dict[str, float]) -> dict[str, float]:
     return {task: score["tokens" if task == "line" else "exact"]}
 
 
-def load(folder: Path, config: str) -> list[dict[str, Any]]:
-    """Measured cases of one configuration."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [case for case in found if case.get("config") == config]
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Measured cases of the run that RUN describes."""
+    run = json.loads((folder / RUN).read_text())
+    paths = [folder / "cases" / f"{name}.json" for name in run["cases"]]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [case for case in found if case.get("config") == run["config"]]
 
 
 def full_scores(case: dict[str, Any], mode: str) -> dict[str, float]:
@@ -189,6 +192,29 @@ def receipts(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         means = [float(np.mean([m[name] for m in members])) for name in ("mass", "error", "kl")]
         rows.append(dict(zip(RECEIPTS, (*cell, len(members), *means), strict=True)))
     return rows
+
+
+def tables(measured: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every CSV, by its name."""
+    found = cells(measured)
+    return {
+        "summary": summary(found),
+        "comparisons": comparisons(found),
+        "receipts": receipts(measured),
+        "failures": failures(measured),
+    }
+
+
+def write_all(folder: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Every CSV."""
+    columns = {
+        "summary": SUMMARY,
+        "comparisons": COMPARISONS,
+        "receipts": RECEIPTS,
+        "failures": FAILURES,
+    }
+    for name, rows in found.items():
+        write(folder / f"{name}.csv", columns[name], rows)
 
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -212,8 +212,9 @@ class Workers:
         if isinstance(self._pool, ProcessPoolExecutor):
             processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
+            end = time.monotonic() + _GRACE_SECONDS
             for process in processes:
-                process.join(_GRACE_SECONDS)
+                process.join(max(0.0, end - time.monotonic()))
             for process in processes:
                 if process.is_alive():
                     process.terminate()
