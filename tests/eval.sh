@@ -14,7 +14,8 @@
 #
 # DEVICE=cuda|cpu (cuda where bin/dynsplitd is). On cuda the engine library is needed (ENGINE, or
 # lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
-# service, tests/mps.sh, is not to be had) ask one server, which may take SERVER_MEMORY GiB (26) of the device.
+# service, tests/mps.sh, is not to be had) ask SERVERS=n instances of dynsplitd (2; 1), which together may take
+# SERVER_MEMORY GiB (26) of the device.
 # DYNSPLITD, PYTHON, DATA (root of what pack wrote) and WEIGHTS as in tests/decode.sh, whose pack this
 # one extends by the texts and kvpress. Python: as for tests/decode.sh, and tokenizers; for kvpress also
 # transformers. Exit status 3: some method failed; the table at the end says which.
@@ -69,10 +70,10 @@ elif [ -n "${RESUME:-}" ]; then
   cp -n "$RESUME"/cases/*.json "$out/cases/" 2>/dev/null
   cp -n "$RESUME"/weights_*.pb "$out/" 2>/dev/null
 fi
-server=
+running=()
 # shellcheck source=tests/mps.sh
 . tests/mps.sh
-trap '[ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server" 2>/dev/null; mps_stop; rm -rf "$work"' EXIT
+trap 'kill "${running[@]}" 2>/dev/null && wait "${running[@]}" 2>/dev/null; mps_stop; rm -rf "$work"' EXIT
 
 options=(--out "$out" --size "$size" --device "$device")
 if [ -n "$cache" ]; then
@@ -89,36 +90,42 @@ print(f"{s.MODEL_ARCHIVE.sha256[:12]}-{s.MODEL_MEMBER.rpartition(chr(47))[2]}")'
   for library in "$PWD"/lib/libisal.so.2*; do ln -s "$library" "$work/lib/libisal.so.2"; done
 fi
 
-limits=(--regions=shm)
+limits=(--regions=shm) servers=${SERVERS:-1}
 if [ "$device" = cuda ]; then
   engine=${ENGINE:-$PWD/lib/libdynsplit_engine.so}
   [ -f "$engine" ] || { echo "eval.sh: no $engine (ENGINE=path)"; exit 1; }
   mps_start "$work"
   workers=${WORKERS:-$( ((mps_running)) && echo 8 || echo 1)}
+  servers=${SERVERS:-$( ((mps_running)) && echo 2 || echo 1)}
   memory=${SERVER_MEMORY:-26}
-  limits=(--regions=all --device-memory="${memory}GiB" --pinned-memory=8GiB --workers=8 --max-queue=1024)
+  limits=(--regions=all --device-memory="$((memory * 1024 / servers))MiB" --pinned-memory=8GiB --workers=8 --max-queue=1024)
   options+=(--engine "$engine" --dtype bfloat16 --workers "$workers" --calls 4 --server-memory "$memory")
   echo "engine and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices'), $workers workers"
 fi
-LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 \
-  --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" "${limits[@]}" \
-  --default-profile="${PROFILE:-smollm2}" --log-level=warning >"$out/dynsplitd.log" 2>&1 &
-server=$!
-for _ in $(seq 200); do
-  [ -S "$work/server.sock" ] && break
-  kill -0 "$server" 2>/dev/null || break
-  sleep 0.1
+targets=
+for ((number = 0; number < servers; ++number)); do
+  socket=$work/server$number.sock
+  LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 --metrics-listen=127.0.0.1:0 \
+    --unix-socket="$socket" "${limits[@]}" --default-profile="${PROFILE:-smollm2}" --log-level=warning \
+    >"$out/dynsplitd$number.log" 2>&1 &
+  running+=($!)
+  targets+=${targets:+,}unix:$socket
+  for _ in $(seq 200); do
+    [ -S "$socket" ] && break
+    kill -0 "${running[-1]}" 2>/dev/null || break
+    sleep 0.1
+  done
+  [ -S "$socket" ] || { echo "eval.sh: dynsplitd does not listen:"; tail -n 5 "$out/dynsplitd$number.log"; exit 1; }
 done
-[ -S "$work/server.sock" ] || { echo "eval.sh: dynsplitd does not listen:"; tail -n 5 "$out/dynsplitd.log"; exit 1; }
 
 evaluation=$([ -n "$cache" ] && echo "$data/tests/eval" || echo tests/eval)
 export LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-"$python" "$evaluation/evaluate.py" --target "unix:$work/server.sock" "${options[@]}" "$@"
+"$python" "$evaluation/evaluate.py" --target "$targets" "${options[@]}" "$@"
 status=$?
 if [ $status -eq 0 ] || [ $status -eq 3 ]; then
   "$python" "$evaluation/report.py" "$out" || status=1
 else
-  tail -n 5 "$out/dynsplitd.log"
+  tail -n 5 "$out"/dynsplitd*.log
 fi
 if [ "$out" != "$packed" ]; then
   (cd "$out" && find cases weights_*.pb run.json -type f -print0 2>/dev/null |

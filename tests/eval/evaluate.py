@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", required=True, help="address of dynsplitd")
+    parser.add_argument("--target", required=True, help="address of dynsplitd, or several: a,b")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--split", choices=corpus.SPLITS, default="held-out")
@@ -96,7 +96,7 @@ def _setup(arguments: argparse.Namespace, max_tokens: int) -> Setup:
         check_one_in=arguments.check_one_in,
     )
     return Setup(
-        target=arguments.target,
+        targets=tuple(arguments.target.split(",")),
         model_file=sources.model_file(arguments.cache),
         device=arguments.device,
         dtype=arguments.dtype,
@@ -224,19 +224,20 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     workers = Workers(_setup(arguments, longest))
     try:
-        with Client(arguments.target) as client:
-            tokens = min(longest, _CALIBRATION_TOKENS)
-            profiles = _measured_profiles(arguments, tokenizer, workers, tokens)
-            methods.put_profiles(client, profiles)
-            table = _table(arguments, client)
-            config = _config(arguments, table)
-            described = {
-                "config": config,
-                "methods": [dataclasses.asdict(method) for method in table],
-                "cases": [case.name for case in chosen],
-            }
-            (arguments.out / summary.RUN).write_text(json.dumps(described, indent=1))
-            _run(workers, chosen, table, config, arguments, begin)
+        tokens = min(longest, _CALIBRATION_TOKENS)
+        profiles = _measured_profiles(arguments, tokenizer, workers, tokens)
+        for target in arguments.target.split(","):
+            with Client(target) as client:
+                methods.put_profiles(client, profiles)
+                table = _table(arguments, client)
+        config = _config(arguments, table)
+        described = {
+            "config": config,
+            "methods": [dataclasses.asdict(method) for method in table],
+            "cases": [case.name for case in chosen],
+        }
+        (arguments.out / summary.RUN).write_text(json.dumps(described, indent=1))
+        _run(workers, chosen, table, config, arguments, begin)
     finally:
         workers.close()
     measured = summary.load(arguments.out)

@@ -2,7 +2,7 @@
 """Processes that measure cases side by side, each with a model and a client of its own.
 
 Python computes, launches and waits in one process for one case; several of them keep the service
-and the device busy. All of them ask the same service.
+and the device busy.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Setup:
     """What a process needs to begin; travels between processes.
 
     Attributes:
-        target: address of dynsplitd.
+        targets: addresses of dynsplitd; processes take turns.
         model_file: GGUF.
         device: "cpu" or "cuda".
         dtype: name of torch's.
@@ -60,7 +60,7 @@ class Setup:
         settings: of the measurement.
     """
 
-    target: str
+    targets: tuple[str, ...]
     model_file: Path
     device: str
     dtype: str
@@ -75,8 +75,8 @@ class Setup:
 class Worker:
     """Model, client and shared memory of one process."""
 
-    def __init__(self, setup: Setup) -> None:
-        """Loads the model and shares memory."""
+    def __init__(self, setup: Setup, number: int = 0) -> None:
+        """Loads the model and shares memory; `number` tells the processes apart."""
         dtype = getattr(torch, setup.dtype)
         if setup.num_workers > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // setup.num_workers))
@@ -95,7 +95,8 @@ class Worker:
             from dynsplit.engine import Engine
 
             engine = Engine(setup.engine)
-        self.client = Client(setup.target, stream_timeout_seconds=120, engine=engine)
+        target = setup.targets[number % len(setup.targets)]
+        self.client = Client(target, stream_timeout_seconds=120, engine=engine)
         client = self.client
         self._buffers = HostBuffers(client) if engine is None else DeviceBuffers(client, engine)
         self._service = Service(
@@ -142,10 +143,13 @@ def _memory_of(setup: Setup) -> int:
 _worker: Worker | None = None
 
 
-def _begin(setup: Setup) -> None:
+def _begin(setup: Setup, numbers: Any) -> None:
     global _worker
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # shared memory outlives what is killed
-    _worker = Worker(setup)
+    with numbers.get_lock():
+        number = numbers.value
+        numbers.value += 1
+    _worker = Worker(setup, number)
     multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
 
 
@@ -164,7 +168,8 @@ class Workers:
         self._pool: Executor | None = None
         if self._alone is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._num, context, _begin, (setup,))
+            numbers = context.Value("i", 0)
+            self._pool = ProcessPoolExecutor(self._num, context, _begin, (setup, numbers))
 
     def submit(self, name: str, *arguments: Any) -> Future[Any]:
         """Calls a method of some worker."""
