@@ -37,8 +37,8 @@ from dynsplit.capture import sources
 for kind in corpus.KINDS:
     for split in corpus.SPLITS:
         corpus.load(kind, split, sources.cache_dir())
-        name = f"eval_{kind}_{split}.txt"
-        shutil.copy(sources.cache_dir() / name, Path(sys.argv[1]) / name)
+        for path in corpus.files(kind, split, sources.cache_dir()):
+            shutil.copy(path, Path(sys.argv[1]) / path.name)
 PYTHON
   site=$(mktemp -d)
   "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$site" kvpress==0.5.5

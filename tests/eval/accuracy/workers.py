@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -159,28 +159,18 @@ def _call(name: str, *arguments: Any) -> Any:
 
 
 class Workers:
-    """So many processes; one alone is this process itself."""
+    """So many processes."""
 
     def __init__(self, setup: Setup) -> None:
-        """Begins them; what one of them fails with, its first call raises."""
+        """They begin with their first call, which raises what the beginning of one fails with."""
         self._num = setup.num_workers
-        self._alone = Worker(setup) if self._num == 1 else None
-        self._pool: Executor | None = None
-        if self._alone is None:
-            context = multiprocessing.get_context("spawn")
-            numbers = context.Value("i", 0)
-            self._pool = ProcessPoolExecutor(self._num, context, _begin, (setup, numbers))
+        context = multiprocessing.get_context("spawn")
+        numbers = context.Value("i", 0)
+        self._pool = ProcessPoolExecutor(self._num, context, _begin, (setup, numbers))
 
     def submit(self, name: str, *arguments: Any) -> Future[Any]:
         """Calls a method of some worker."""
-        if self._pool is not None:
-            return self._pool.submit(_call, name, *arguments)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(getattr(self._alone, name)(*arguments))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+        return self._pool.submit(_call, name, *arguments)
 
     def measured(
         self, cases: Sequence[Case], methods: Sequence[Method], seconds: float
@@ -212,17 +202,14 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; what they are at is dropped."""
-        if self._alone is not None:
-            self._alone.close()
-        if isinstance(self._pool, ProcessPoolExecutor):
-            processes = list((self._pool._processes or {}).values())
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            end = time.monotonic() + _GRACE_SECONDS
-            for process in processes:
-                process.join(max(0.0, end - time.monotonic()))
-            for process in processes:
-                if process.is_alive():
-                    process.terminate()
+        processes = list((self._pool._processes or {}).values())
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        end = time.monotonic() + _GRACE_SECONDS
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
 
 
 class _Clock:
