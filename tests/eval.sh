@@ -16,6 +16,7 @@
 # lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
 # service, tests/mps.sh, is not to be had) ask SERVERS=n instances of dynsplitd (2; 1), which together may take
 # SERVER_MEMORY GiB (26) of the device.
+# On a CPU that others use too, OMP_NUM_THREADS=1 keeps torch from waiting for threads that do not run.
 # DYNSPLITD, PYTHON, DATA (root of what pack wrote) and WEIGHTS as in tests/decode.sh, whose pack this
 # one extends by the texts and kvpress. Python: as for tests/decode.sh, and tokenizers; for kvpress also
 # transformers. Exit status 3: some method failed; the table at the end says which.
