@@ -230,11 +230,16 @@ def from_bytes(
     """An array over received bytes: of torch, on its device, where `like` is a tensor of it.
 
     Args:
-        data: contiguous bytes; the array shares them (but for a copy to another device).
+        data: contiguous bytes; the array shares them (but for a copy to another device). A torch
+            tensor stays one, where it lies.
         code: wire code of the elements' type.
         shape: of the result.
         like: a tensor whose kind and device the result takes; None = numpy.
     """
+    if is_torch(data):
+        import torch
+
+        return data.view(getattr(torch, _NAME_OF_CODE[code])).reshape(shape)
     if like is None or not is_torch(like):
         return data.view(numpy_dtype(code)).reshape(shape)
     import torch

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from dynsplit import policy
@@ -22,7 +24,7 @@ class Method:
     Attributes:
         name: unique within its mode.
         mode: "evict" or "index".
-        group: "preset", "rigid", "ablation" or "kvpress".
+        group: "preset", "rigid", "ablation", "kvpress" or "grid".
         choices: arguments of `dynsplit.policy`; empty for presses.
         needs_received: the policy ranks by the attention that tokens received.
     """
@@ -93,4 +95,28 @@ def table(client: Client, kinds: tuple[str, ...], presses: tuple[str, ...]) -> l
         choices = {"preset": "dynsplit", "profile": weights_profile(kind)}
         found.append(Method(f"weights_of_{kind}", "evict", "ablation", choices))
     found += [Method(f"kvpress_{name}", "evict", "kvpress") for name in presses]
+    return found
+
+
+def grid(path: Path) -> list[Method]:
+    """Rows of a JSON file, [{"name", "mode", "choices"}, ...]: variations to measure by the way.
+
+    Choices are arguments of `dynsplit.policy`; "kept_ratio" is the share's.
+
+    Raises:
+        ValueError: a row is none, or a choice is unknown.
+    """
+    found = []
+    for row in json.loads(path.read_text()):
+        unknown = set(row) - {"name", "mode", "choices"}
+        choices = row.get("choices")
+        if unknown or row.get("mode") not in ("evict", "index") or not isinstance(choices, dict):
+            raise ValueError(f"{path}: {row} is no row of name, mode (evict, index) and choices")
+        ranked = choices.get("scoring") == "accumulated" or choices.get("preset") == "h2o"
+        method = Method(row["name"], row["mode"], "grid", choices, ranked)
+        try:
+            method.policy(0.5)
+        except TypeError as error:
+            raise ValueError(f"{path}: {row['name']}: {error}") from error
+        found.append(method)
     return found
