@@ -25,12 +25,15 @@ _QUANTISED = (types_pb2.DTYPE_FLOAT8_E4M3, types_pb2.DTYPE_FLOAT8_E5M2, types_pb
 
 
 class Room(Protocol):
-    """Host memory registered as writable (`dynsplit.shared.HostRegion`)."""
+    """Memory registered as writable: `dynsplit.shared.Region` and its like."""
 
-    place: tensors.RegionSlice
+    @property
+    def place(self) -> tensors.RegionSlice:
+        """Where it begins."""
+        ...
 
-    def array(self, dtype: npt.DTypeLike, *shape: int, offset_bytes: int = 0) -> npt.NDArray[Any]:
-        """The memory from `offset_bytes` on."""
+    def bytes_at(self, offset_bytes: int, byte_size: int) -> tensors.Array:
+        """uint8 [byte_size], a view of numpy or torch."""
         ...
 
 
@@ -342,7 +345,7 @@ def _layer(
         descriptor, dims = found[kind]
         if output is not None and descriptor.HasField("location"):
             size, offset = descriptor.byte_size, descriptor.location.region.offset_bytes
-            data = output.array("u1", size, offset_bytes=offset)
+            data = output.bytes_at(offset, size)
         else:
             data = results.tensors[descriptor.id]
         return tensors.from_bytes(data, descriptor.dtype, dims, like)

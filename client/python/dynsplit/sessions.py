@@ -16,8 +16,8 @@ from dynsplit.session_calls import (
     Step,
     Stored,
     session_options,
-    tensor_at,
 )
+from dynsplit.tensors import tensor_at
 
 __all__ = [
     "RESIDENCES",
