@@ -241,7 +241,9 @@ class Client(BaseClient):
         except CANNOT_SHARE as error:
             if segment is not None:
                 await self._discard([segment])
-            self._stage.failed(kind, error)
+            # An owner that is gone says nothing about the memory.
+            owned = self._owner is None or self._owner.attached
+            self._stage.failed(kind, error, for_good=owned)
             return None
 
     async def _discard(self, segments: Sequence[Segment]) -> None:

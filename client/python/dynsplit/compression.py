@@ -494,7 +494,7 @@ def _passed_through(
                 receipt=None,
                 tokens=tokens,
                 key_pages=key if elsewhere else key[None],
-                value_pages=value if elsewhere else value[None],
+                value_pages=value if elsewhere or value is None else value[None],
             )
         )
     return Compressed(

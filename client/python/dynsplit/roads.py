@@ -30,10 +30,12 @@ _RENEW_SECONDS = 200
 _IDLE_SEGMENTS = 4
 _MIN_SHARED_BYTES = 256 << 10  # below, "auto" does not bother
 
+# Any of these among Capabilities.data_planes. Servers of version 0.1 do not tell of their region
+# socket: whoever knows its path tries.
 _PLANES = {
-    "cuda-ipc": info_pb2.Capabilities.DATA_PLANE_CUDA_IPC,
-    "memfd": info_pb2.Capabilities.DATA_PLANE_MEMFD,
-    "shm": info_pb2.Capabilities.DATA_PLANE_SHM,
+    "cuda-ipc": {info_pb2.Capabilities.DATA_PLANE_CUDA_IPC},
+    "memfd": {info_pb2.Capabilities.DATA_PLANE_MEMFD, info_pb2.Capabilities.DATA_PLANE_SHM},
+    "shm": {info_pb2.Capabilities.DATA_PLANE_SHM},
 }
 # What registering answers where memory cannot be shared with this server, now and later: another
 # container, user or GPU, or a server that does not take it.
@@ -196,7 +198,7 @@ class Stage:
             UnsupportedError: the road asked for is none of the server's.
         """
         if self._road in _PLANES:
-            if _PLANES[self._road] not in planes:
+            if _PLANES[self._road].isdisjoint(planes):
                 raise errors.UnsupportedError(
                     f"the server does not take road {self._road!r}", code="UNIMPLEMENTED"
                 )
@@ -209,19 +211,24 @@ class Stage:
         }
         return [
             kind
-            for kind, plane in _PLANES.items()
-            if usable[kind] and plane in planes and kind not in self._impossible
+            for kind, wanted in _PLANES.items()
+            if usable[kind] and not wanted.isdisjoint(planes) and kind not in self._impossible
         ]
 
-    def failed(self, kind: str, error: Exception) -> None:
-        """Notes that memory of that kind cannot be shared, so that the next one is tried.
+    def failed(self, kind: str, error: Exception, *, for_good: bool) -> None:
+        """Notes that memory of that kind could not be shared, so that the next one is tried.
+
+        Args:
+            kind: of memory.
+            error: why.
+            for_good: errors that say so will say so again.
 
         Raises:
             Exception: the error, where the caller asked for that road.
         """
         if self.forced:
             raise error
-        if isinstance(error, _NEVER):
+        if for_good and isinstance(error, _NEVER):
             self._impossible.add(kind)
 
     def acquire(self, kind: str, inputs: Sequence[Input]) -> Segment:
