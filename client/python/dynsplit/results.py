@@ -94,7 +94,12 @@ class CompressedLayer:
         return keys, values
 
     def decoded(self) -> tuple[tensors.Array, tensors.Array]:
-        """As `rows`; quantised ones as float32, code times scale."""
+        """As `rows`; quantised ones as float32, code times scale.
+
+        Raises:
+            ImportError: fp8 in numpy, and ml_dtypes is not installed.
+            ValueError: there are no pages.
+        """
         keys, values = self.rows()
         return self._decode(keys, self.key_scales), self._decode(values, self.value_scales)
 
@@ -103,6 +108,8 @@ class CompressedLayer:
             return rows
         if scales.ndim == 3:
             scales = scales.reshape(-1, scales.shape[-1])[: self.num_kept]
+        if not tensors.is_torch(rows) and rows.dtype == np.uint8:
+            raise ImportError("decoding fp8 in numpy needs the package ml_dtypes")
         exact = rows.float() if tensors.is_torch(rows) else rows.astype(np.float32)
         return exact * scales[..., None]
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynsplit import errors, tensors
 from dynsplit.calls import OnError
 from dynsplit.client import Client
-from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded
+from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded, query_length_of
 from dynsplit.session_calls import Gather, Selection, Step
 from dynsplit.v1 import types_pb2
 
@@ -62,13 +62,15 @@ class ResidentLayer(CacheLayerMixin):
         """Tokens in the sessions and in the tail."""
         return self.num_stored + (int(self.keys.shape[-2]) if self.is_initialized else 0)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """As if all rows were here; `SessionCache` makes the masks of chosen rows itself."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + query_length_of(query_length), 0
 
     def get_max_length(self) -> int:
         """No limit: what the sessions have no room for stays in the tail."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier 5.x
 
     def reset(self) -> None:
         """Refused: what lies in the sessions does not come back."""
