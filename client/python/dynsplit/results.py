@@ -353,6 +353,8 @@ def _layer(
         if output is not None and descriptor.HasField("location"):
             size, offset = descriptor.byte_size, descriptor.location.region.offset_bytes
             data = output.bytes_at(offset, size)
+            if tensors.is_torch(data) and kind != types_pb2.TENSOR_KIND_KEPT_TOKENS:
+                like = data  # a view of the device's memory
         else:
             data = results.tensors[descriptor.id]
         return tensors.from_bytes(data, descriptor.dtype, dims, like)

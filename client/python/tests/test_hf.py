@@ -92,6 +92,41 @@ def test_a_session_read_whole_changes_no_token(
             service.get(session)
 
 
+@pytest.mark.parametrize("layers_a_call", [1, 2, 4])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_answers_larger_than_a_message_come_in_pieces(
+    model: Any,
+    service: dynsplit.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    speculative: bool,
+    layers_a_call: int,
+) -> None:
+    policy = dynsplit.index_policy(kept_ratio=0.3, profile="smollm2", num_recent_tokens=8)
+
+    def run() -> list[Any]:
+        cache = dynsplit.hf.SessionCache(model, service, policy, speculative=speculative)
+        with cache:
+            return _generate(model, _prompt(2), past_key_values=cache)
+
+    expected = run()
+    sizes: list[int] = []
+    select = service.select
+
+    def counting(steps: Any) -> Any:
+        sizes.append(sum(len(step.queries) for step in steps))
+        return select(steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "select", counting)
+        patched.setattr(
+            dynsplit.hf.SessionCache,
+            "_fit",
+            lambda self, info: setattr(self, "_layers_a_call", layers_a_call),
+        )
+        assert run() == expected
+    assert max(sizes) <= layers_a_call
+
+
 def test_a_small_session_budget_reads_less(model: Any, service: dynsplit.Client) -> None:
     policy = dynsplit.index_policy(kept_ratio=0.3, profile="smollm2", num_recent_tokens=8)
     with dynsplit.hf.SessionCache(model, service, policy, speculative=True) as cache:
