@@ -932,13 +932,21 @@ def test_strides_say_what_is_dense() -> None:
         np.testing.assert_array_equal(order, np.sort(view.reshape(-1)))
 
 
-def test_the_quick_start_works(
+def test_the_readme_works(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Every example but those of transformers, one after the other."""
     readme = (_ROOT / "client/python/README.md").read_text()
-    code = readme.split("## Quick start")[1].split("```python")[1].split("```")[0]
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    blocks = [block for block in blocks if "dynsplit.hf" not in block]
+    assert len(blocks) == 4
     monkeypatch.setenv("DYNSPLIT_TARGET", daemon.tcp)
     scope: dict[str, Any] = {}
-    exec(code, scope)
+    exec(blocks[0], scope)
     assert scope["keys"].shape == (409, 2, 64)
     assert capsys.readouterr().out.startswith("shm 8388608 ")
+    for block in blocks[1:]:
+        exec(block, scope)
+    assert scope["chosen"].tokens.shape == (4, 2, 204)
+    pages = scope["result"].layers[0].key_pages
+    np.testing.assert_array_equal(pages, scope["results"][3].layers[0].key_pages)

@@ -288,6 +288,19 @@ def test_padded_prompts_and_nested_contexts_are_refused(
             pass
 
 
+def test_the_readme_works(
+    model: Any, service: dynsplit.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    monkeypatch.setenv("DYNSPLIT_TARGET", service.target)
+    scope = {"model": model, "inputs": _prompt(), "dynsplit": dynsplit}
+    for block in (block for block in blocks if "dynsplit.hf" in block):
+        exec(block, scope)
+    assert scope["compression"].results[0].layers[0].num_kept == 68  # the 64 queries and 4 sinks
+    assert scope["cache"].chosen_rows > 0
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Iterator[Any]:
     """The real model, where the capture tool has fetched it and accelerate is there."""
