@@ -19,6 +19,7 @@ import os
 import secrets
 import socket
 import uuid
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -64,6 +65,8 @@ class SharedMemory:
         """Name of the object without '/'; empty where it has none."""
         self._region_socket, self._token = region_socket, b""
         self._file = self._create()
+        path = self._path if self.key else None
+        self._release = weakref.finalize(self, _give_back, self._file, path, os.getpid())
         try:
             # Not truncate: what cannot be had must fail here, not as a fault at some later write.
             os.posix_fallocate(self._file, 0, self.byte_size)
@@ -110,12 +113,17 @@ class SharedMemory:
         return self.array(np.uint8, byte_size, offset_bytes=offset_bytes)
 
     def close(self) -> None:
-        """Takes the name away; arrays and the server's mapping stay until they are gone."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            if self.key:
-                self._path.unlink(missing_ok=True)
+        """Takes the name away; arrays and the server's mapping stay until they are gone.
+
+        Happens by itself where the object, or the interpreter, ends.
+        """
+        self._release()
+
+
+def _give_back(file: int, path: Path | None, maker: int) -> None:
+    os.close(file)
+    if path is not None and os.getpid() == maker:  # not where a child of it ends
+        path.unlink(missing_ok=True)
 
 
 def _pass(path: str, token: bytes, file: int) -> None:

@@ -144,14 +144,14 @@ def assert_equal(found: Compressed, expected: Compressed) -> None:
     """Plans, receipts and every byte."""
     assert found.plan.hash == expected.plan.hash
     if found.receipt is not None and expected.receipt is not None:
-        kept = [r.retained_attention_mass_mean for r in (found.receipt, expected.receipt)]
-        assert np.isclose(*kept, rtol=0, atol=1e-5, equal_nan=True)
+        one, other = (r.retained_attention_mass_mean for r in (found.receipt, expected.receipt))
+        assert np.isclose(one, other, rtol=0, atol=1e-5, equal_nan=True)
     assert np.array_equal(found.block_starts, expected.block_starts)
-    for one, other in zip(found.layers, expected.layers, strict=True):
+    for layer, wanted in zip(found.layers, expected.layers, strict=True):
         for name in (*_PARTS, *_SUMMARIES):
-            a, b = getattr(one, name), getattr(other, name)
+            a, b = getattr(layer, name), getattr(wanted, name)
             assert (a is None) == (b is None), name
-            assert a is None or np.array_equal(bits(a), bits(b)), f"{name} of layer {one.layer}"
+            assert a is None or np.array_equal(bits(a), bits(b)), f"{name} of layer {layer.layer}"
 
 
 def raises(kind: type[BaseException], call: Callable[[], Any], text: str = "") -> BaseException:
