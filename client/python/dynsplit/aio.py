@@ -178,7 +178,7 @@ class Client(BaseClient):
             try:
                 async with self._staged(call) as (inputs, segment):
                     shards = await self._num_shards(call, inputs)
-                    talk = streams.Conversation(begin, inputs, self._wire, shards)
+                    talk = streams.Conversation(begin, inputs, self._wire, shards, call.on_layer)
                     if broken is not None:
                         talk.carry_on(broken)
                     methods = self._methods(call.service, call.method, shards)

@@ -162,6 +162,8 @@ class Stream(Generic[T]):
     """Makes the begin that goes on where a broken call stopped."""
     timeout_seconds: float | None = None
     """Deadline of this call; None = the client's."""
+    on_layer: Callable[[streams.Results, Any], None] | None = None
+    """Takes each LayerResult once all of it is in the results; anew in every try."""
 
 
 Call = Unary[T] | Stream[T]

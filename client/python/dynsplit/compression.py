@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from dynsplit.v1 import compression_pb2, types_pb2
 _MAX_QUERIES = 1024
 
 Policy = types_pb2.Policy | str | None
+OnLayer = Callable[[CompressedLayer], None]
 
 
 def compress(
@@ -53,6 +54,7 @@ def compress(
     session_policy: Policy = None,
     dtype: str | None = None,
     output: Room | None = None,
+    on_layer: OnLayer | None = None,
     on_error: OnError | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
@@ -86,6 +88,9 @@ def compress(
         output: where the layers' tensors go instead of into the stream, from its begin on: a
             `HostRegion` or `DeviceRegion` with room for them, in use until the result is not (its
             arrays are views). InvalidRequestError names the bytes needed where it is too small.
+        on_layer: takes each layer as soon as all of it is here, in ascending order, while later
+            ones are still computed; the result has them too. Called between reads of the stream:
+            what takes long belongs elsewhere. What it raises ends the call.
         on_error: "passthrough": where the service is away (unavailable, overloaded, too slow,
             faulty), warn with PassthroughWarning and return the caller's K and V as the result,
             with `passed_through` and `error` set. Errors of the request are raised in any case.
@@ -134,6 +139,7 @@ def compress(
         repeatable=keep is None,
         passthrough=passthrough if (on_error or context.on_error) == "passthrough" else None,
         timeout_seconds=timeout_seconds,
+        on_layer=results.delivery(on_layer, begin.shape, like, output),
     )
 
 
@@ -221,6 +227,7 @@ def apply(
     rope: types_pb2.Rope | None = None,
     dtype: str | None = None,
     output: Room | None = None,
+    on_layer: OnLayer | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
 ) -> Stream[Compressed]:
@@ -239,6 +246,7 @@ def apply(
         rope: as in `compress`.
         dtype: as in `compress`.
         output: as in `compress`.
+        on_layer: as in `compress`.
         request_id: as in `compress`.
         timeout_seconds: as in `compress`.
     """
@@ -269,6 +277,7 @@ def apply(
         lambda done: results.assemble(done, like=like, rope=rope, output=output),
         repeatable=True,
         timeout_seconds=timeout_seconds,
+        on_layer=results.delivery(on_layer, begin.shape, like, output),
     )
 
 

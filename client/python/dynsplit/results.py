@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -331,6 +331,29 @@ def assemble(
         received_bytes=results.received_bytes,
         rope=rope,
     )
+
+
+def delivery(
+    on_layer: Callable[[CompressedLayer], None] | None,
+    shape: types_pb2.SequenceShape,
+    like: tensors.Array,
+    output: Room | None,
+) -> Callable[[streams.Results, Any], None] | None:
+    """`on_layer` as a stream calls it: each layer once, however many tries the call takes."""
+    if on_layer is None:
+        return None
+    last = -1
+
+    def deliver(results: streams.Results, entry: compression_pb2.LayerResult) -> None:
+        nonlocal last
+        if entry.plan.layer <= last:
+            return
+        last = entry.plan.layer
+        blocks = results.sequence.num_blocks if results.sequence else 0
+        geometry = (shape, results.accepted.policy.page_size, blocks)
+        on_layer(_layer(entry, results, geometry, like, output))
+
+    return deliver
 
 
 def _layer(

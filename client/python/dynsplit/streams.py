@@ -182,8 +182,12 @@ class Conversation:
         inputs: Sequence[Input],
         wire: Wire | None = None,
         num_shards: int = 1,
+        on_layer: Callable[[Results, Any], None] | None = None,
     ) -> None:
-        """Of begin (complete but for `tensors`) and the tensors in the order of their sending."""
+        """Of begin (complete but for `tensors`) and the tensors in the order of their sending.
+
+        `on_layer` takes each LayerResult, in ascending order, once all of it is in the results.
+        """
         self.results = Results()
         self.chunk_bytes = 0  # most bytes of a chunk; 0 until the request is accepted
         self._inputs, self._wire, self._num_shards = inputs, wire or Wire(), num_shards
@@ -205,6 +209,8 @@ class Conversation:
         self._before: list[tuple[Any, list[npt.NDArray[np.uint8]]]] = []
         self._received_before = 0
         self._announced_bytes = 0
+        self._on_layer, self._num_delivered = on_layer, 0
+        self._delivery = threading.Lock()
 
     def carry_on(self, broken: Conversation) -> None:
         """Takes over the complete layers of a call that broke; begin.target.resume says so."""
@@ -279,12 +285,17 @@ class Conversation:
         elif message.HasField("layer"):
             if self._before and message.layer.plan.layer == self._before[-1][0].plan.layer:
                 return  # announced again where the server goes on; all of it is here
+            self._expect(message.layer.tensors)  # first: other shards look at what is announced
             self.results.layers.append(message.layer)
-            self._expect(message.layer.tensors)
         elif message.HasField("end"):
             self.results.end = message.end
         elif message.tensor:
             self._take_chunk(message)  # anything else is of a later server, and passed over
+        if self._on_layer is not None:
+            with self._delivery:
+                for layer in self.results.layers[self._num_delivered : self.complete_layers()]:
+                    self._num_delivered += 1
+                    self._on_layer(self.results, layer)
 
     def finish(self) -> Results:
         """The results, once the stream has ended.
@@ -393,7 +404,7 @@ def converse(
     """
     answered = threading.Event()
     announced = threading.Condition()
-    failures: list[errors.DynSplitError] = []
+    failures: list[Exception] = []
     over = False  # nothing more will be announced
 
     def requests(shard: int) -> Iterator[Any]:
@@ -422,7 +433,7 @@ def converse(
                         announced.notify_all()
         except grpc.RpcError as error:
             failures.append(errors.from_rpc_error(error))
-        except errors.DynSplitError as error:
+        except Exception as error:  # also of `on_layer`
             failures.append(error)
         finally:
             if shard == 0 or failures:
@@ -461,7 +472,7 @@ async def converse_async(
     """As `converse`, with the stream-stream methods of stubs over grpc.aio channels."""
     answered = asyncio.Event()
     announced = asyncio.Condition()
-    failures: list[errors.DynSplitError] = []
+    failures: list[Exception] = []
     over = False
 
     async def requests(shard: int) -> AsyncIterator[Any]:
@@ -491,7 +502,7 @@ async def converse_async(
                         announced.notify_all()
         except grpc.RpcError as error:
             failures.append(_failure_of(error))
-        except errors.DynSplitError as error:
+        except Exception as error:  # also of `on_layer`
             failures.append(error)
         except asyncio.CancelledError:
             if not failures:  # else it is this call that was cancelled, not the task

@@ -441,9 +441,9 @@ def test_a_request_over_several_streams_is_the_same_request(
     made: list[int] = []
     conversation = streams.Conversation.__init__
 
-    def counting(self: Any, begin: Any, inputs: Any, wire: Any = None, shards: int = 1) -> None:
+    def counting(self: Any, begin: Any, inputs: Any, wire: Any, shards: int, *more: Any) -> None:
         made.append(shards)
-        conversation(self, begin, inputs, wire, shards)
+        conversation(self, begin, inputs, wire, shards, *more)
 
     monkeypatch.setattr(streams.Conversation, "__init__", counting)
     sequence = _sequence(tokens=3000)
@@ -494,6 +494,39 @@ def test_a_request_over_several_streams_is_the_same_request(
                 np.testing.assert_array_equal(a.key_pages, b.key_pages)
                 np.testing.assert_array_equal(a.value_pages, b.value_pages)
         assert (one.sent_bytes, one.received_bytes) == (other.sent_bytes, other.received_bytes)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_layers_are_delivered_as_they_come(
+    daemon: Daemon, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_MIN_SHARD_BYTES", 64 << 10)
+    sequence = _sequence(tokens=3000)
+    seen: list[dynsplit.CompressedLayer] = []
+    with Client(daemon.tcp, road="inline", num_channels=channels) as client:
+        found = client.compress(**sequence, policy=POLICY, on_layer=seen.append)
+        _, keys, values, _ = sequence.values()
+        client.apply(found, keys, values, on_layer=seen.append)
+        assert [layer.layer for layer in seen] == [0, 1, 2, 0, 1, 2]
+        for layer, wanted in zip(seen, [*found.layers, *found.layers], strict=True):
+            np.testing.assert_array_equal(layer.tokens, wanted.tokens)
+            np.testing.assert_array_equal(layer.key_pages, wanted.key_pages)
+
+        def refuses(layer: dynsplit.CompressedLayer) -> None:
+            raise LookupError("not wanted")
+
+        with pytest.raises(LookupError, match="not wanted"):
+            client.compress(**sequence, policy=POLICY, on_layer=refuses)
+
+    async def run() -> None:
+        seen.clear()
+        async with dynsplit.aio.Client(daemon.tcp, road="inline", num_channels=channels) as client:
+            await client.compress(**sequence, policy=POLICY, on_layer=seen.append)
+            with pytest.raises(LookupError, match="not wanted"):
+                await client.compress(**sequence, policy=POLICY, on_layer=refuses)
+
+    asyncio.run(run())
+    assert [layer.layer for layer in seen] == [0, 1, 2]
 
 
 def test_options_of_streams_are_kept(service: Client) -> None:
