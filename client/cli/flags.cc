@@ -46,6 +46,11 @@ void AddScoring(CLI::App& app, v1::Scoring& scoring) {
                                        [&scoring](v1::Scoring::BlockReduction reduction) {
                                          scoring.set_block_reduction(reduction);
                                        });
+  AddEnum<v1::Scoring::QueryReduction>(app, "--query-reduction",
+                                       "Attention of the window's queries to token score",
+                                       [&scoring](v1::Scoring::QueryReduction reduction) {
+                                         scoring.set_query_reduction(reduction);
+                                       });
   AddNumber<double>(app, "--softmax-scale", "Multiplies q.k; default 1/sqrt(head_dim)",
                     [&scoring](double scale) { scoring.set_softmax_scale(scale); });
 }

@@ -25,6 +25,10 @@ constexpr EnumMap<v1::Scoring::Method, ScoringPolicy::Method, 7> kScorings = {
      {v1::Scoring::METHOD_BLOCK_BOUND, ScoringPolicy::Method::kBlockBound},
      {v1::Scoring::METHOD_BLOCK_MEAN_KEY, ScoringPolicy::Method::kBlockMeanKey}}};
 
+constexpr EnumMap<v1::Scoring::QueryReduction, ScoringPolicy::QueryReduction, 2> kQueryReductions =
+    {{{v1::Scoring::QUERY_REDUCTION_MEAN, ScoringPolicy::QueryReduction::kMean},
+      {v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE,
+       ScoringPolicy::QueryReduction::kRootMeanSquare}}};
 constexpr EnumMap<v1::Scoring::Pooling, ScoringPolicy::Pooling, 2> kPoolings = {
     {{v1::Scoring::POOLING_AVERAGE, ScoringPolicy::Pooling::kAverage},
      {v1::Scoring::POOLING_MAX, ScoringPolicy::Pooling::kMax}}};
@@ -67,7 +71,6 @@ constexpr EnumMap<v1::Evidence, Evidence, 5> kEvidence = {
      {v1::EVIDENCE_ACCUMULATED_SCORES, Evidence::kAccumulatedScores}}};
 
 constexpr int32_t kDefaultFixedBlock = 16;
-constexpr int32_t kDefaultDeviation = 6;
 
 absl::Status MergeSegmentation(const v1::Segmentation& wire, const std::string& field,
                                SegmentationPolicy& policy) {
@@ -87,7 +90,7 @@ absl::Status MergeSegmentation(const v1::Segmentation& wire, const std::string& 
   if (wire.block_size() != 0) {
     policy.block_size = wire.block_size();
     if (policy.method == SegmentationPolicy::Method::kDynamic) {
-      policy.max_deviation = std::max(0, std::min(kDefaultDeviation, policy.block_size - 1));
+      policy.max_deviation = std::max(0, policy.block_size - 1);
     }
   }
   if (wire.has_max_deviation()) policy.max_deviation = wire.max_deviation();
@@ -115,6 +118,9 @@ absl::Status MergeScoring(const v1::Scoring& wire, const std::string& field,
                   policy.pooling);
   status.Update(Assign(kReductions, wire.block_reduction(), &v1::Scoring::BlockReduction_IsValid,
                        field + ".block_reduction", policy.block_reduction));
+  status.Update(Assign(kQueryReductions, wire.query_reduction(),
+                       &v1::Scoring::QueryReduction_IsValid, field + ".query_reduction",
+                       policy.query_reduction));
   status.Update(Assign(kLseBases, wire.lse_base(), &v1::Scoring::LseBase_IsValid,
                        field + ".lse_base", policy.lse_base_2));
   return status;
@@ -202,6 +208,7 @@ v1::Scoring ScoringToProto(const ScoringPolicy& policy) {
   wire.set_block_reduction(kReductions.ToWire(policy.block_reduction));
   wire.set_lse_base(kLseBases.ToWire(policy.lse_base_2));
   wire.set_softmax_scale(policy.softmax_scale);
+  wire.set_query_reduction(kQueryReductions.ToWire(policy.query_reduction));
   return wire;
 }
 

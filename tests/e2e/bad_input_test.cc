@@ -492,6 +492,14 @@ std::vector<BadCase> PolicyCases() {
        policy([](P& p) { p.mutable_segmentation()->set_max_deviation(14); })},
       {"BalanceOutside", kInvalid, "policy.segmentation.balance",
        policy([](P& p) { p.mutable_segmentation()->set_balance(1.5); })},
+      {"UnknownQueryReduction", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
+         p.mutable_scoring()->set_query_reduction(static_cast<v1::Scoring::QueryReduction>(9));
+       })},
+      {"SquaresOfKeyNorms", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
+         p.mutable_scoring()->set_method(v1::Scoring::METHOD_KEY_NORM);
+         p.mutable_scoring()->set_query_reduction(
+             v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE);
+       })},
       {"PoolingEven", kInvalid, "policy.scoring.pooling_kernel",
        policy([](P& p) { p.mutable_scoring()->set_pooling_kernel(4); })},
       {"PoolingTooWide", kInvalid, "policy.scoring.pooling_kernel",

@@ -33,6 +33,7 @@ def policy(
     pooling_kernel: int | None = None,
     pooling: str | None = None,
     block_reduction: str | None = None,
+    query_reduction: str | None = None,
     lse_base: str | None = None,
     softmax_scale: float | None = None,
     transform: str | None = None,
@@ -72,6 +73,8 @@ def policy(
         pooling_kernel: smoothing over tokens, odd; 1 = none.
         pooling: "average" or "max".
         block_reduction: token scores to block score: "mean", "sum", "max".
+        query_reduction: attention of the window's queries to token score: "mean" or
+            "root_mean_square".
         lse_base: base of supplied log-sum-exp: "e" or "2".
         softmax_scale: multiplies q.k; default 1 / sqrt(D).
         transform: "evict" or "index" (nothing dropped).
@@ -118,6 +121,7 @@ def policy(
                 "pooling_kernel": pooling_kernel,
                 "pooling": _code(score.Pooling, "POOLING", pooling),
                 "block_reduction": _code(score.BlockReduction, "BLOCK_REDUCTION", block_reduction),
+                "query_reduction": _code(score.QueryReduction, "QUERY_REDUCTION", query_reduction),
                 "lse_base": _code(score.LseBase, "LSE_BASE", lse_base),
                 "softmax_scale": softmax_scale,
             },

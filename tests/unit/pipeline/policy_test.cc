@@ -98,6 +98,11 @@ TEST(ValidatePolicyTest, RefusesEachBrokenFieldByName) {
        [](auto& p) { p.segmentation.profile = std::string(65, 'a'); }},
       {"policy.scoring.num_window_queries", [](auto& p) { p.scoring.num_window_queries = -1; }},
       {"policy.scoring.num_window_queries", [](auto& p) { p.scoring.num_window_queries = 1025; }},
+      {"policy.scoring.query_reduction",
+       [](auto& p) {
+         p.scoring.method = ScoringPolicy::Method::kKeyNorm;
+         p.scoring.query_reduction = ScoringPolicy::QueryReduction::kRootMeanSquare;
+       }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 0; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 4; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 65; }},
