@@ -107,7 +107,7 @@ targets=
 for ((number = 0; number < servers; ++number)); do
   socket=$work/server$number.sock
   LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 --metrics-listen=127.0.0.1:0 \
-    --unix-socket="$socket" "${limits[@]}" --default-profile="${PROFILE:-smollm2}" --log-level=warning \
+    --unix-socket="$socket" "${limits[@]}" --default-profile="${PROFILE:-smollm2_table7}" --log-level=warning \
     >"$out/dynsplitd$number.log" 2>&1 &
   running+=($!)
   targets+=${targets:+,}unix:$socket

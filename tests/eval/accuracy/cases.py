@@ -77,7 +77,7 @@ def _number(rng: random.Random) -> str:
 def _passkey(rng: random.Random, depth: float) -> _Draft:
     key = _number(rng)
     fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return _Draft([(depth, fact)], "What is the pass key? The pass key is", f" {key}", depth)
+    return _Draft([(depth, fact)], "The pass key is", f" {key}", depth)
 
 
 def _multikey(rng: random.Random, depth: float) -> _Draft:
@@ -101,7 +101,7 @@ def _variables(rng: random.Random, depth: float) -> _Draft:
         (later, f"VAR {second} = VAR {first}"),
         (rng.uniform(0.05, 0.95), f"VAR {other} = {wrong}"),
     ]
-    question = f"VAR {second} = VAR {first}, so the value of {second} is the number"
+    question = f"VAR {second} = VAR {first} ="
     return _Draft(facts, question, f" {value}", depth)
 
 
@@ -111,10 +111,10 @@ def _qa(rng: random.Random, depth: float) -> _Draft:
     cities = rng.sample(_CITIES, 3)
     places = [depth, rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.95)]
     facts = [
-        (place, f"{person}, the old clockmaker, was born in {city} and never left it.")
+        (place, f"{person} lives in {city}.")
         for place, person, city in zip(places, people, cities, strict=True)
     ]
-    question = f"Question: In which city was {people[0]} born?\nAnswer: {people[0]} was born in"
+    question = f"Question: Where does {people[0]} live?\nAnswer: {people[0]} lives in"
     return _Draft(facts, question, f" {cities[0]}", depth)
 
 
