@@ -58,7 +58,8 @@ struct ScoreTileItem {
   const std::byte* high = nullptr;  // maxima: the bound; else null
   int64_t row_stride_bytes = 0;
   int64_t head_stride_bytes = 0;
-  const int32_t* places = nullptr;  // row of each place: [num_rows] a KV head; null = in order
+  const int32_t* places = nullptr;  // row of each place: [num_rows] a KV head or for all heads;
+                                    // null = in order, as bounds must lie
   bool places_per_head = false;
   const float* scales = nullptr;  // of row r of head h at r * scale_row_stride + h *
   int64_t scale_row_stride = 0;   // scale_head_stride; quantised rows only

@@ -41,7 +41,7 @@ static_assert(kWarps * kTileRows == kScoreTileBlocks);
 struct Item {
   const std::byte* queries;
   const std::byte* bounds[2];
-  const int32_t* places;  // [num_blocks] a head, or for all heads; null = blocks lie in order
+  const int32_t* places;  // [num_blocks] a head, or for all; null = in order, as bounds always are
   const float* scales;
   const int32_t* block_starts;  // null: blocks of one token
   float* scores;
@@ -171,7 +171,7 @@ struct Tiles {
     for (int half = 0; half < 2; ++half) {
       const int64_t block = first_block + half * 8 + lane / 4;
       const bool exists = block < item.num_blocks;
-      const int64_t row = exists ? at.RowOf(block) : 0;
+      const int64_t row = kBounds == 1 && exists ? at.RowOf(block) : block;
       const int64_t offset = row * batch.block_stride + h * item.head_stride + lane % 4 * 16;
 #pragma unroll
       for (int bound = 0; bound < kBounds; ++bound) {
@@ -212,12 +212,13 @@ struct Tiles {
     const int64_t block = first_block + lane;
     const bool inside = block < item.num_blocks;
     const int32_t* const starts = item.block_starts;
-    const int32_t length = !inside ? 0 : starts == nullptr ? 1 : starts[block + 1] - starts[block];
+    const bool of_one = kBounds == 1 && starts == nullptr;
+    const int32_t length = !inside ? 0 : of_one ? 1 : starts[block + 1] - starts[block];
     shared.lengths[warp][lane] = static_cast<float>(length);
+    const int64_t row = kBounds == 1 && inside ? at.RowOf(block) : block;
     shared.scales[warp][lane] =
-        inside && kCodes
-            ? item.scales[h * batch.scale_head_stride + at.RowOf(block) * batch.scale_block_stride]
-            : 1;
+        inside && kCodes ? item.scales[h * batch.scale_head_stride + row * batch.scale_block_stride]
+                         : 1;
   }
 
   // Column `column` of the stage, which is query row `r`; zeros beyond the last row. One warp.
