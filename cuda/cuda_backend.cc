@@ -210,6 +210,9 @@ class CudaBackend : public Backend {
   absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) override {
     return Run(kernels::ScoreBlocks, params, stream);
   }
+  absl::Status ScoreTokens(const ScoreTokensParams& params, Stream& stream) override {
+    return Run(kernels::ScoreTokens, params, stream);
+  }
   absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) override {
     return Run(kernels::SelectTokens, params, stream);
   }

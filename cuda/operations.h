@@ -35,6 +35,7 @@ absl::Status ReduceRows(const ReduceRowsParams& params, const Launch& launch);
 absl::Status ReduceBlocks(const ReduceBlocksParams& params, const Launch& launch);
 absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, const Launch& launch);
 absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Launch& launch);
+absl::Status ScoreTokens(const ScoreTokensParams& params, const Launch& launch);
 absl::Status SelectTokens(const SelectTokensParams& params, const Launch& launch);
 absl::Status GatherPages(const GatherPagesParams& params, const Launch& launch);
 absl::Status MeasureAttention(const MeasureAttentionParams& params, const Launch& launch);

@@ -20,7 +20,9 @@ bool UsesScoreTiles(const ScoreShape& shape) {
       shape.head_dim * DTypeBytes(shape.summary_dtype) % kVectorBytes != 0) {
     return false;
   }
-  if (shape.summary_dtype == DType::kFloat8E4M3) return shape.rows <= kScoreMaxRows;
+  if (shape.summary_dtype == DType::kFloat8E4M3 || shape.summary_dtype == DType::kInt8) {
+    return shape.rows <= kScoreMaxRows;
+  }
   return shape.summary_dtype == shape.query_dtype && shape.rows <= kScoreMaxRows16Bit;
 }
 

@@ -12,26 +12,23 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Of all items.
-ScoreShape ShapeOf(const ScoreBlocksParams& params) {
-  const TensorView& queries = params.items[0].queries;
-  ScoreShape shape = {
-      .query_dtype = queries.dtype,
-      .summary_dtype = params.items[0].summaries.dtype,
-      .head_dim = queries.head_dim,
-      .num_kv_heads = params.num_kv_heads,
-      .rows = static_cast<int32_t>(queries.num_heads / params.num_kv_heads * queries.num_tokens),
-      .aligned = true};
-  for (const ScoreBlocksItem& item : params.items) {
-    const BlockSummaries& s = item.summaries;
-    const intptr_t summaries =
-        IsBound(item) ? reinterpret_cast<intptr_t>(s.min) | reinterpret_cast<intptr_t>(s.max)
-                      : reinterpret_cast<intptr_t>(s.mean);
-    const int64_t bits = summaries | s.block_stride_bytes | s.head_stride_bytes;
-    shape.aligned = shape.aligned && bits % 16 == 0 && item.queries.block_table == nullptr &&
-                    HasAlignedChunks(item.queries);
-  }
-  return shape;
+// Bound variant, or means.
+bool IsBound(const ScoreBlocksItem& item) { return item.summaries.min != nullptr; }
+
+ScoreTileItem TileItem(const ScoreBlocksItem& item) {
+  const BlockSummaries& s = item.summaries;
+  const bool bound = IsBound(item);
+  return {.queries = item.queries,
+          .rows = bound ? s.min : s.mean,
+          .high = bound ? s.max : nullptr,
+          .row_stride_bytes = s.block_stride_bytes,
+          .head_stride_bytes = s.head_stride_bytes,
+          .scales = bound ? s.bound_scales : s.mean_scales,
+          .scale_row_stride = 1,
+          .scale_head_stride = s.scale_head_stride,
+          .block_starts = item.block_starts,
+          .num_rows = item.num_blocks,
+          .scores = item.block_scores};
 }
 
 // [Hkv, stride] -> [B, Hkv], as a TensorView has its scales.
@@ -88,21 +85,22 @@ absl::Status ScoreByColumns(const ScoreBlocksParams& params, const ScoreBlocksIt
 
 absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Launch& launch) {
   if (params.items.empty()) return absl::OkStatus();
-  const ScoreShape shape = ShapeOf(params);
-  if (!UsesScoreTiles(shape)) {
-    for (const ScoreBlocksItem& item : params.items) {
-      if (absl::Status status = ScoreByColumns(params, item, launch); !status.ok()) return status;
-    }
-    return absl::OkStatus();
+  const TensorView& queries = params.items[0].queries;
+  ScoreShape shape = {
+      .query_dtype = queries.dtype,
+      .summary_dtype = params.items[0].summaries.dtype,
+      .head_dim = queries.head_dim,
+      .num_kv_heads = params.num_kv_heads,
+      .rows = static_cast<int32_t>(queries.num_heads / params.num_kv_heads * queries.num_tokens),
+      .aligned = true};
+  std::vector<ScoreTileItem> items;
+  for (const ScoreBlocksItem& item : params.items) {
+    items.push_back(TileItem(item));
+    shape.aligned = shape.aligned && HasAlignedRows(items.back());
   }
-  std::vector<int64_t> num_blocks;
-  for (const ScoreBlocksItem& item : params.items) num_blocks.push_back(item.num_blocks);
-  for (size_t first = 0; first < num_blocks.size();) {
-    const auto size = static_cast<size_t>(
-        ScoreBatchSize(shape, std::span<const int64_t>(num_blocks).subspan(first)));
-    absl::Status status = ScoreTiles(params, shape, params.items.subspan(first, size), launch);
-    if (!status.ok()) return status;
-    first += size;
+  if (UsesScoreTiles(shape)) return ScoreTiles(items, shape, params.softmax_scale, launch);
+  for (const ScoreBlocksItem& item : params.items) {
+    if (absl::Status status = ScoreByColumns(params, item, launch); !status.ok()) return status;
   }
   return absl::OkStatus();
 }

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// ScoreTiles of score_blocks.h, bound by reading the summaries once. The bound is a product of
-// twice the channels: where max >= min, max(q * max, q * min) = q+ * max + q- * min with q+ =
-// max(q, 0) and q- = min(q, 0). Tensor cores do it with 16 blocks a warp against 8 query rows at a
-// time:
+// ScoreTiles of score_blocks.h, bound by reading the rows once: summaries of blocks, or keys of
+// tokens, which are blocks of one token that need not lie in order. The bound is a product of twice
+// the channels: where max >= min, max(q * max, q * min) = q+ * max + q- * min with q+ = max(q, 0)
+// and q- = min(q, 0). Tensor cores do it with 16 blocks a warp against 8 query rows at a time:
 //
 //   tiles    all of a warp's summaries are requested at once, into shared memory or registers;
 //            queries are laid out meanwhile. Logits, and maximum and sum a tile, go to scratch
@@ -13,12 +13,13 @@
 // lane q of a row reads vectors 4v + q, and the queries' channels lie in shared memory as the lanes
 // want them (mma.cuh does the same for 16-bit tiles).
 //
-// e4m3 codes become fp16 exactly and meet fp16 queries, scaled by a power of two a row, so that the
-// largest magnitude is in [2^14, 2^15). That is exact for all bf16 channels within 2^-31 of the
+// One-byte codes become fp16 exactly and meet fp16 queries, scaled by a power of two a row, so that
+// the largest magnitude is in [2^14, 2^15). That is exact for all bf16 channels within 2^-31 of the
 // largest (fp16: 2^-28); what is smaller is off by at most 2^-39 of it, far below fp32 rounding of
 // the sum. Products of codes accumulate in fp32 (at most 2^33); the block's scale comes last.
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
 #include "cuda/async_copy.cuh"
 #include "cuda/cuda_status.h"
@@ -40,10 +41,12 @@ static_assert(kWarps * kTileRows == kScoreTileBlocks);
 struct Item {
   const std::byte* queries;
   const std::byte* bounds[2];
+  const int32_t* places;  // [num_blocks] a head, or for all; null = in order, as bounds always are
   const float* scales;
-  const int32_t* block_starts;
+  const int32_t* block_starts;  // null: blocks of one token
   float* scores;
   float* scratch;  // ScoreScratch
+  int64_t head_stride;
   int64_t num_blocks;
 };
 
@@ -52,13 +55,14 @@ struct Batch {
   int64_t query_token_stride;
   int64_t query_head_stride;
   int64_t block_stride;
-  int64_t head_stride;
+  int64_t scale_block_stride;
   int64_t scale_head_stride;
   int32_t num_kv_heads;
   int32_t group;   // query heads a KV head
   int32_t window;  // queries
   int32_t rows;    // group x window: head r / window, query r % window
   int32_t head_dim;
+  bool places_per_head;
   float scale_log2;  // softmax_scale * log2(e)
 };
 static_assert(sizeof(Batch) <= 8192);
@@ -89,6 +93,12 @@ struct Place {
   int warp;
   int lane;
   int64_t first_block;  // of the warp's 16
+
+  // Where the block's row lies. Requires: block < item.num_blocks.
+  __device__ int64_t RowOf(int64_t block) const {
+    if (item.places == nullptr) return block;
+    return item.places[(batch.places_per_head ? h * item.num_blocks : 0) + block];
+  }
 };
 
 // Volatile, so that requests stay ahead of the barrier; summaries are read once a step.
@@ -100,11 +110,20 @@ __device__ uint4 LoadOnce(const std::byte* address) {
   return value;
 }
 
-// Two e4m3 codes as fp16.
+// The two low codes as fp16.
+template <typename Code>
 __device__ uint32_t Widen(uint32_t codes) {
-  const __half2_raw pair =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  return static_cast<uint32_t>(pair.y) << 16 | pair.x;
+  if constexpr (std::is_same_v<Code, E4M3>) {
+    const __half2_raw pair =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+    return static_cast<uint32_t>(pair.y) << 16 | pair.x;
+  } else {
+    // 1024 + n has n, which is the code + 128, in its lowest bits; the difference is exact.
+    const uint32_t biased = __byte_perm(codes ^ 0x8080U, 0x64646464U, 0x4140);
+    const __half2 sum = *reinterpret_cast<const __half2*>(&biased);
+    const __half2 code = __hsub2(sum, __float2half2_rn(1024 + 128));
+    return *reinterpret_cast<const uint32_t*>(&code);
+  }
 }
 
 // kChannels >= head_dim; kBounds = 2, or 1 for means; kStageTiles tiles of 8 query rows are in
@@ -151,13 +170,15 @@ struct Tiles {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t block = first_block + half * 8 + lane / 4;
-      const int64_t offset = block * batch.block_stride + h * batch.head_stride + lane % 4 * 16;
+      const bool exists = block < item.num_blocks;
+      const int64_t row = kBounds == 1 && exists ? at.RowOf(block) : block;
+      const int64_t offset = row * batch.block_stride + h * item.head_stride + lane % 4 * 16;
 #pragma unroll
       for (int bound = 0; bound < kBounds; ++bound) {
         const std::byte* const address = item.bounds[bound] + offset;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-          const bool inside = block < item.num_blocks && v * 64 + lane % 4 * 16 < row_bytes;
+          const bool inside = exists && v * 64 + lane % 4 * 16 < row_bytes;
           if constexpr (kShared) {
             CopyAsync<kChunkBytes>(own, address + v * 64, inside);
             own += kThreads;
@@ -190,10 +211,14 @@ struct Tiles {
     if (lane >= kTileRows) return;
     const int64_t block = first_block + lane;
     const bool inside = block < item.num_blocks;
-    shared.lengths[warp][lane] =
-        inside ? static_cast<float>(item.block_starts[block + 1] - item.block_starts[block]) : 0;
+    const int32_t* const starts = item.block_starts;
+    const bool of_one = kBounds == 1 && starts == nullptr;
+    const int32_t length = !inside ? 0 : of_one ? 1 : starts[block + 1] - starts[block];
+    shared.lengths[warp][lane] = static_cast<float>(length);
+    const int64_t row = kBounds == 1 && inside ? at.RowOf(block) : block;
     shared.scales[warp][lane] =
-        inside && kCodes ? item.scales[h * batch.scale_head_stride + block] : 1;
+        inside && kCodes ? item.scales[h * batch.scale_head_stride + row * batch.scale_block_stride]
+                         : 1;
   }
 
   // Column `column` of the stage, which is query row `r`; zeros beyond the last row. One warp.
@@ -276,7 +301,8 @@ struct Tiles {
   // Four codes of each of the two rows.
   __device__ static void Step(uint32_t upper, uint32_t lower, uint32_t b0, uint32_t b1,
                               float (&sums)[4]) {
-    const uint32_t a[4] = {Widen(upper), Widen(lower), Widen(upper >> 16), Widen(lower >> 16)};
+    const uint32_t a[4] = {Widen<Summary>(upper), Widen<Summary>(lower),
+                           Widen<Summary>(upper >> 16), Widen<Summary>(lower >> 16)};
     Mma<Factor>(sums, a, b0, b1);
   }
 
@@ -450,81 +476,119 @@ cudaError_t LaunchChannels(const Batch& batch, dim3 grid, cudaStream_t stream) {
 
 template <typename Summary, typename Query>
 cudaError_t LaunchTiles(const Batch& batch, bool bound, dim3 grid, cudaStream_t stream) {
-  return bound ? LaunchChannels<Summary, Query, 2>(batch, grid, stream)
-               : LaunchChannels<Summary, Query, 1>(batch, grid, stream);
+  if constexpr (std::is_same_v<Summary, int8_t>) {  // of keys only
+    return LaunchChannels<Summary, Query, 1>(batch, grid, stream);
+  } else {
+    return bound ? LaunchChannels<Summary, Query, 2>(batch, grid, stream)
+                 : LaunchChannels<Summary, Query, 1>(batch, grid, stream);
+  }
+}
+
+template <typename Summary>
+cudaError_t LaunchCodes(const Batch& batch, const ScoreShape& shape, bool bound, dim3 grid,
+                        cudaStream_t stream) {
+  return shape.query_dtype == DType::kFloat16
+             ? LaunchTiles<Summary, __half>(batch, bound, grid, stream)
+             : LaunchTiles<Summary, __nv_bfloat16>(batch, bound, grid, stream);
 }
 
 cudaError_t LaunchTypes(const Batch& batch, const ScoreShape& shape, bool bound, dim3 grid,
                         cudaStream_t stream) {
-  const bool half_queries = shape.query_dtype == DType::kFloat16;
-  if (shape.summary_dtype == DType::kFloat8E4M3) {
-    return half_queries ? LaunchTiles<E4M3, __half>(batch, bound, grid, stream)
-                        : LaunchTiles<E4M3, __nv_bfloat16>(batch, bound, grid, stream);
+  switch (shape.summary_dtype) {
+    case DType::kFloat8E4M3:
+      return LaunchCodes<E4M3>(batch, shape, bound, grid, stream);
+    case DType::kInt8:
+      return LaunchCodes<int8_t>(batch, shape, bound, grid, stream);
+    case DType::kFloat16:
+      return LaunchTiles<__half, __half>(batch, bound, grid, stream);
+    default:
+      return LaunchTiles<__nv_bfloat16, __nv_bfloat16>(batch, bound, grid, stream);
   }
-  return half_queries ? LaunchTiles<__half, __half>(batch, bound, grid, stream)
-                      : LaunchTiles<__nv_bfloat16, __nv_bfloat16>(batch, bound, grid, stream);
 }
 
-Batch MakeBatch(const ScoreBlocksParams& params, const ScoreShape& shape,
-                std::span<const ScoreBlocksItem> items, float* scratch) {
-  const BlockSummaries& summaries = items[0].summaries;
-  const TensorView& queries = items[0].queries;
-  const bool bound = IsBound(items[0]);
+Batch MakeBatch(std::span<const ScoreTileItem> items, const ScoreShape& shape, float softmax_scale,
+                float* scratch) {
+  const ScoreTileItem& like = items[0];
   Batch batch = {.items = {},
-                 .query_token_stride = queries.token_stride_bytes,
-                 .query_head_stride = queries.head_stride_bytes,
-                 .block_stride = summaries.block_stride_bytes,
-                 .head_stride = summaries.head_stride_bytes,
-                 .scale_head_stride = summaries.scale_head_stride,
+                 .query_token_stride = like.queries.token_stride_bytes,
+                 .query_head_stride = like.queries.head_stride_bytes,
+                 .block_stride = like.row_stride_bytes,
+                 .scale_block_stride = like.scale_row_stride,
+                 .scale_head_stride = like.scale_head_stride,
                  .num_kv_heads = shape.num_kv_heads,
-                 .group = queries.num_heads / shape.num_kv_heads,
-                 .window = static_cast<int32_t>(queries.num_tokens),
+                 .group = like.queries.num_heads / shape.num_kv_heads,
+                 .window = static_cast<int32_t>(like.queries.num_tokens),
                  .rows = shape.rows,
                  .head_dim = shape.head_dim,
-                 .scale_log2 = params.softmax_scale * kLog2E};
+                 .places_per_head = like.places_per_head,
+                 .scale_log2 = softmax_scale * kLog2E};
   for (size_t i = 0; i < items.size(); ++i) {
-    const ScoreBlocksItem& item = items[i];
-    const BlockSummaries& s = item.summaries;
+    const ScoreTileItem& item = items[i];
     batch.items[i] = {.queries = item.queries.data,
-                      .bounds = {bound ? s.min : s.mean, bound ? s.max : nullptr},
-                      .scales = bound ? s.bound_scales : s.mean_scales,
+                      .bounds = {item.rows, item.high},
+                      .places = item.places,
+                      .scales = item.scales,
                       .block_starts = item.block_starts,
-                      .scores = item.block_scores,
+                      .scores = item.scores,
                       .scratch = scratch,
-                      .num_blocks = item.num_blocks};
-    scratch += ScoreScratchOf(shape, item.num_blocks).num_floats;
+                      .head_stride = item.head_stride_bytes,
+                      .num_blocks = item.num_rows};
+    scratch += ScoreScratchOf(shape, item.num_rows).num_floats;
   }
   return batch;
 }
 
-}  // namespace
-
-absl::Status ScoreTiles(const ScoreBlocksParams& params, const ScoreShape& shape,
-                        std::span<const ScoreBlocksItem> items, const Launch& launch) {
+absl::Status ScoreBatch(std::span<const ScoreTileItem> items, const ScoreShape& shape,
+                        float softmax_scale, const Launch& launch) {
   int64_t scratch_floats = 0;
   int64_t most_blocks = 0;
-  for (const ScoreBlocksItem& item : items) {
-    scratch_floats += ScoreScratchOf(shape, item.num_blocks).num_floats;
-    most_blocks = std::max(most_blocks, item.num_blocks);
+  for (const ScoreTileItem& item : items) {
+    scratch_floats += ScoreScratchOf(shape, item.num_rows).num_floats;
+    most_blocks = std::max(most_blocks, item.num_rows);
   }
   if (most_blocks == 0) return absl::OkStatus();
   absl::StatusOr<Buffer> scratch =
       launch.Scratch(scratch_floats * static_cast<int64_t>(sizeof(float)));
   if (!scratch.ok()) return scratch.status();
-  const Batch batch = MakeBatch(params, shape, items, scratch->as<float>());
+  const Batch batch = MakeBatch(items, shape, softmax_scale, scratch->as<float>());
   const auto grid = [&](int64_t blocks) {
     return dim3(static_cast<unsigned>(CeilDiv(most_blocks, blocks)),
                 static_cast<unsigned>(shape.num_kv_heads), static_cast<unsigned>(items.size()));
   };
+  const bool bound = items[0].high != nullptr;
   absl::Status status = CudaStatus(
-      LaunchTypes(batch, shape, IsBound(items[0]), grid(kScoreTileBlocks), launch.stream),
-      "ScoreTilesKernel");
+      LaunchTypes(batch, shape, bound, grid(kScoreTileBlocks), launch.stream), "ScoreTilesKernel");
   if (!status.ok()) return status;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid(kThreads);
   config.blockDim = dim3(kThreads);
   config.stream = launch.stream;
   return CudaStatus(LaunchDependent(config, CombineKernel, batch), "CombineKernel");
+}
+
+}  // namespace
+
+bool HasAlignedRows(const ScoreTileItem& item) {
+  constexpr int64_t kVectorBytes = 16;
+  const int64_t bits = reinterpret_cast<intptr_t>(item.rows) |
+                       reinterpret_cast<intptr_t>(item.high) | item.row_stride_bytes |
+                       item.head_stride_bytes;
+  return bits % kVectorBytes == 0 && item.queries.block_table == nullptr &&
+         HasAlignedChunks(item.queries);
+}
+
+absl::Status ScoreTiles(std::span<const ScoreTileItem> items, const ScoreShape& shape,
+                        float softmax_scale, const Launch& launch) {
+  std::vector<int64_t> num_rows;
+  for (const ScoreTileItem& item : items) num_rows.push_back(item.num_rows);
+  for (size_t first = 0; first < items.size();) {
+    const auto size =
+        static_cast<size_t>(ScoreBatchSize(shape, std::span(num_rows).subspan(first)));
+    absl::Status status = ScoreBatch(items.subspan(first, size), shape, softmax_scale, launch);
+    if (!status.ok()) return status;
+    first += size;
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace dynsplit::kernels

@@ -53,6 +53,9 @@ void AddScoring(CLI::App& app, v1::Scoring& scoring) {
                                        });
   AddNumber<double>(app, "--softmax-scale", "Multiplies q.k; default 1/sqrt(head_dim)",
                     [&scoring](double scale) { scoring.set_softmax_scale(scale); });
+  AddNumber<int32_t>(app, "--refinement-factor",
+                     "Sessions: candidates by blocks for every token chosen; 1 = blocks decide",
+                     [&scoring](int32_t factor) { scoring.set_refinement_factor(factor); });
 }
 
 void AddBudget(CLI::App& app, v1::Budget& budget) {

@@ -133,6 +133,9 @@ class CpuBackend final : public Backend {
   absl::Status CheckFinite(const CheckFiniteParams& params, Stream& /*stream*/) override {
     return cpu::CheckFinite(params, workspace());
   }
+  absl::Status ScoreTokens(const ScoreTokensParams& params, Stream& /*stream*/) override {
+    return cpu::ScoreTokens(params, workspace());
+  }
   absl::Status SelectBlocks(const SelectBlocksParams& params, Stream& /*stream*/) override {
     return cpu::SelectBlocks(params, workspace());
   }

@@ -32,6 +32,7 @@ absl::Status ReduceRows(const ReduceRowsParams& params, const Workspace& workspa
 absl::Status ReduceBlocks(const ReduceBlocksParams& params, const Workspace& workspace);
 absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, const Workspace& workspace);
 absl::Status ScoreBlocks(const ScoreBlocksParams& params, const Workspace& workspace);
+absl::Status ScoreTokens(const ScoreTokensParams& params, const Workspace& workspace);
 absl::Status SelectTokens(const SelectTokensParams& params, const Workspace& workspace);
 absl::Status GatherPages(const GatherPagesParams& params, const Workspace& workspace);
 absl::Status MeasureAttention(const MeasureAttentionParams& params, const Workspace& workspace);

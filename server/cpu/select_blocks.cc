@@ -19,11 +19,15 @@ struct FreeTokens {
 FreeTokens FreeTokensOf(const SelectBlocksItem& item, int64_t block) {
   const auto low = static_cast<int32_t>(item.prefix_end);
   const auto high = static_cast<int32_t>(item.suffix_begin);
-  const int32_t begin = std::clamp(item.block_starts[block], low, high);
-  return {begin, std::clamp(item.block_starts[block + 1], begin, high)};
+  const bool of_one = item.block_starts == nullptr;
+  const auto first = of_one ? static_cast<int32_t>(block) : item.block_starts[block];
+  const int32_t begin = std::clamp(first, low, high);
+  return {begin, std::clamp(of_one ? first + 1 : item.block_starts[block + 1], begin, high)};
 }
 
-int32_t* Append(int64_t begin, int64_t end, int32_t* out) {
+// `names` null: tokens go by their numbers.
+int32_t* Append(const int32_t* names, int64_t begin, int64_t end, int32_t* out) {
+  if (names != nullptr) return std::copy(names + begin, names + end, out);
   std::iota(out, out + (end - begin), static_cast<int32_t>(begin));
   return out + (end - begin);
 }
@@ -40,14 +44,16 @@ void SelectGroup(const SelectBlocksItem& item, int32_t group) {
   const int64_t room = item.num_selected - item.prefix_end - (item.num_tokens - item.suffix_begin);
   const RankCut cut = CutRanks(keys, free, room);
 
-  int32_t* out = Append(0, item.prefix_end, item.tokens + group * item.num_selected);
+  const int32_t* const names =
+      item.names == nullptr ? nullptr : item.names + group * item.num_tokens;
+  int32_t* out = Append(names, 0, item.prefix_end, item.tokens + group * item.num_selected);
   for (int64_t j = 0; j < item.num_blocks; ++j) {
     const uint64_t key = RankKey(scores[j], j);
     if (key > cut.key || free[static_cast<size_t>(j)] == 0) continue;
     const FreeTokens tokens = FreeTokensOf(item, j);
-    out = Append(tokens.begin, key == cut.key ? tokens.begin + cut.tokens : tokens.end, out);
+    out = Append(names, tokens.begin, key == cut.key ? tokens.begin + cut.tokens : tokens.end, out);
   }
-  Append(item.suffix_begin, item.num_tokens, out);
+  Append(names, item.suffix_begin, item.num_tokens, out);
 }
 
 }  // namespace

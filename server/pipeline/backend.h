@@ -212,6 +212,27 @@ struct ScoreBlocksParams {
   float softmax_scale = 0;
 };
 
+// Scores of tokens by their own keys, for several layers of several sequences at once: what decides
+// among the candidates that blocks propose.
+//   p[i,a,:]    = softmax over places j of scale * q[i,a].k[h(a), tokens[g(h), j]]
+//   s[h,j]      = sum over the group's heads of mean over i of p[i,a,j]
+// What a refined step reads, in bytes a KV head: the index (for e4m3 means of C tokens T * D / C),
+// candidates * D * bytes of a key's element, and, where it is attended to, n rows of K and V; with
+// bf16, C 14, T 131,072, n = T / 10 and 4 n candidates that is 1.2 + 13.4 + 6.7 of 67 MB (D 128).
+struct ScoreTokensItem {
+  TensorView queries;               // [W, Hq, D], a float type
+  TensorView keys;                  // [T, Hkv, D]
+  const int32_t* tokens = nullptr;  // [groups, num_tokens] or null: rows 0 .. num_tokens - 1
+  int64_t num_tokens = 0;           // places, >= 0
+  float* token_scores = nullptr;    // out [Hkv, num_tokens]
+};
+// Requires: all items have equal types, head counts, D and W.
+struct ScoreTokensParams {
+  std::span<const ScoreTokensItem> items;  // host
+  int32_t groups = 1;                      // of tokens: 1 or Hkv
+  float softmax_scale = 0;
+};
+
 // Block ranks -> tokens of a decode step (V2F step c), for several layers and sequences at once:
 // all tokens of [0, prefix_end) and [suffix_begin, T), then the other tokens of blocks in order
 // (score desc, block asc) until num_selected; the last block gives its leading ones. What
@@ -219,14 +240,18 @@ struct ScoreBlocksParams {
 // tail.
 struct SelectBlocksItem {
   const float* block_scores = nullptr;    // [groups, B]
-  const int32_t* block_starts = nullptr;  // [B + 1]
+  const int32_t* block_starts = nullptr;  // [B + 1]; null: every token is a block, B = T
   int64_t num_blocks = 0;
   int64_t num_tokens = 0;     // T
   int64_t prefix_end = 0;     // 0 <= prefix_end <= suffix_begin <= T
   int64_t suffix_begin = 0;   // prefix_end + T - suffix_begin <= num_selected
   int64_t num_selected = 0;   // <= T
   int32_t* tokens = nullptr;  // out [groups, num_selected], ascending per group
+  // What is written for token t of a group where tokens are places among candidates; null = t.
+  // Requires block_starts null.
+  const int32_t* names = nullptr;  // [groups, T], ascending per group
 };
+// Requires: block_starts are null in all items or in none.
 struct SelectBlocksParams {
   std::span<const SelectBlocksItem> items;  // host
   int32_t groups = 0;
@@ -454,6 +479,7 @@ class Backend {
   virtual absl::Status ReduceBlocks(const ReduceBlocksParams& params, Stream& stream) = 0;
   virtual absl::Status SummarizeBlocks(const SummarizeBlocksParams& params, Stream& stream) = 0;
   virtual absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) = 0;
+  virtual absl::Status ScoreTokens(const ScoreTokensParams& params, Stream& stream) = 0;
   virtual absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) = 0;
   virtual absl::Status GatherPages(const GatherPagesParams& params, Stream& stream) = 0;
   virtual absl::Status MeasureAttention(const MeasureAttentionParams& params, Stream& stream) = 0;

@@ -112,13 +112,17 @@ std::string SegmentationText(const SegmentationPolicy& policy) {
                       absl::CEscape(policy.profile), "\"}");
 }
 
+// What kPolicyVersion 1 began without is named only where it is set, so that its hashes stay.
 std::string ScoringText(const ScoringPolicy& policy) {
+  const std::string refinement =
+      policy.refinement_factor == 0 ? ""
+                                    : absl::StrCat(" refinement_factor=", policy.refinement_factor);
   return absl::StrCat(
       "scoring{method=", Name(policy.method), " num_window_queries=", policy.num_window_queries,
       " pooling_kernel=", policy.pooling_kernel, " pooling=", Name(policy.pooling),
       " block_reduction=", Name(policy.block_reduction), " lse_base_2=", policy.lse_base_2 ? 1 : 0,
       " softmax_scale=", Exact(policy.softmax_scale),
-      " query_reduction=", Name(policy.query_reduction), "}");
+      " query_reduction=", Name(policy.query_reduction), refinement, "}");
 }
 
 std::string BudgetText(const BudgetPolicy& policy) {

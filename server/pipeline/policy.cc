@@ -21,6 +21,7 @@ constexpr int32_t kMaxFixedBlock = 65536;
 constexpr int32_t kMaxDynamicBlock = 4096;
 constexpr int32_t kMaxWindowQueries = 1024;
 constexpr int32_t kMaxPoolingKernel = 63;
+constexpr int32_t kMaxRefinementFactor = 16;
 constexpr size_t kMaxProfileName = 64;
 
 absl::Status CheckRange(std::string_view field, int64_t value, int64_t low, int64_t high) {
@@ -104,6 +105,24 @@ absl::Status ValidateScoring(const ScoringPolicy& scoring) {
                                      "; must be a normal 32-bit float, or 0 for 1/sqrt(head_dim)"));
   }
   return absl::OkStatus();
+}
+
+// Candidates are what blocks of an index propose.
+absl::Status ValidateRefinement(const Policy& policy) {
+  constexpr char kField[] = "policy.scoring.refinement_factor";
+  const ScoringPolicy& scoring = policy.scoring;
+  if (auto status = CheckRange(kField, scoring.refinement_factor, 0, kMaxRefinementFactor);
+      !status.ok()) {
+    return status;
+  }
+  const bool by_blocks = scoring.method == ScoringPolicy::Method::kBlockBound ||
+                         scoring.method == ScoringPolicy::Method::kBlockMeanKey;
+  if (!scoring.refines() || (by_blocks && policy.transform == Transform::kIndex)) {
+    return absl::OkStatus();
+  }
+  return InvalidField(kField, absl::StrCat("is ", scoring.refinement_factor,
+                                           "; must be at most 1 without TRANSFORM_INDEX and "
+                                           "METHOD_BLOCK_BOUND or METHOD_BLOCK_MEAN_KEY"));
 }
 
 absl::Status ValidateBudget(const Policy& policy, const SequenceShape& shape) {
@@ -337,6 +356,7 @@ absl::Status ValidateShape(const SequenceShape& shape) {
 absl::Status ValidatePolicy(const Policy& policy, const SequenceShape& shape, const Rope* rope) {
   if (auto status = ValidateSegmentation(policy.segmentation); !status.ok()) return status;
   if (auto status = ValidateScoring(policy.scoring); !status.ok()) return status;
+  if (auto status = ValidateRefinement(policy); !status.ok()) return status;
   if (auto status = ValidateBudget(policy, shape); !status.ok()) return status;
   if (auto status = ValidateProtection(policy, shape); !status.ok()) return status;
   if (auto status = ValidatePositions(policy, shape, rope); !status.ok()) return status;

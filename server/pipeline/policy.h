@@ -50,6 +50,10 @@ struct ScoringPolicy {
   QueryReduction query_reduction = QueryReduction::kMean;
   bool lse_base_2 = false;
   double softmax_scale = 0;  // 0 = 1/sqrt(head_dim)
+  // Candidates that blocks propose for every token of a step; the tokens' own keys decide among
+  // them. 0 or 1 = none: blocks decide.
+  int32_t refinement_factor = 0;
+  bool refines() const { return refinement_factor > 1; }
 };
 
 struct BudgetPolicy {

@@ -48,6 +48,17 @@ Policy WithBlocks(Policy policy, int32_t block_size) {
   return policy;
 }
 
+Policy WithCut(Policy policy, int32_t max_deviation, double balance) {
+  policy.segmentation.max_deviation = max_deviation;
+  policy.segmentation.balance = balance;
+  return policy;
+}
+
+Policy Refined(Policy policy, int32_t factor) {
+  policy.scoring.refinement_factor = factor;
+  return policy;
+}
+
 Policy AsIndex(Policy policy) {
   policy.transform = Transform::kIndex;
   return policy;
@@ -72,10 +83,14 @@ std::vector<Preset> MakePresets() {
        "equal counts.",
        "segmentation and uniform mapping of arXiv 2602.03184 section 4; eviction is ours",
        "dynsplit_keys"},
-      {AsIndex(Row("dynsplit_index", Segment::kDynamic, Score::kBlockBound, Scope::kLayerHead)),
-       "Keeps all tokens and adds key bounds (min, max) of dynamic delimiter blocks, for selection "
-       "at each decode step.",
-       "arXiv 2602.03184 sections 4.1 and 4.2", ""},
+      {Protecting(Refined(WithCut(AsIndex(Row("dynsplit_index", Segment::kDynamic,
+                                              Score::kBlockMeanKey, Scope::kLayerHead)),
+                                  13, 0.9),
+                          4),
+                  4, 8),
+       "Keeps all tokens and adds mean keys of dynamic delimiter blocks, for selection at each "
+       "decode step: blocks propose four times the budget, the tokens' own keys decide.",
+       "arXiv 2602.03184 sections 4.1 and 4.2; mean keys and the second stage are ours", ""},
       {Row("dynsplit_keys", Segment::kDynamic, Score::kKeyDifference, Scope::kLayer),
        "Dynamic delimiter blocks ranked by how far their keys point from the mean direction; needs "
        "no queries.",

@@ -7,7 +7,8 @@
 //     layer l   ──► StoreLayer rows behind the end, unseen by readers (and, in an empty sequence,
 //                              the layer's summaries)
 //               ──► Commit     summaries from the block that was open on; the new length
-//     queries   ──► SelectTokens of any layers of any sequences: scores of blocks, tokens
+//     queries   ──► SelectSteps of any layers of any sequences: scores of blocks, tokens; where the
+//                              policy refines, candidates first, of which their own keys decide
 //
 // Memory. Rows are head-major, so that a block of one head is one run of bytes:
 //
@@ -163,10 +164,12 @@ class ResidentSequence {
 
 // What a step may read. `tokens_per_head` 0 = the policy's budget.
 struct StepBudget {
-  int64_t num_selected = 0;  // n: tokens a KV head
+  int64_t num_selected = 0;    // n: tokens a KV head
+  int64_t num_candidates = 0;  // of which they are chosen by their own keys: [n, T]; n = by blocks
   int64_t prefix_end = 0;  // [0, prefix_end) and [suffix_begin, T) are always chosen: sinks; recent
   int64_t suffix_begin = 0;  // tokens and the open block
   bool raised_by_protection = false;
+  bool refined() const { return num_candidates > num_selected; }
 };
 // INVALID_ARGUMENT for tokens_per_head outside [0, T].
 absl::StatusOr<StepBudget> BudgetOfStep(const ResidentSequence& sequence, int64_t tokens_per_head);
@@ -183,6 +186,10 @@ struct SelectionStep {
   int32_t* tokens = nullptr;           // out [num_layers, groups, n]; dense layers' are left alone
   float* block_scores = nullptr;       // out [num_layers, groups, B], or null; likewise
 };
+// Scratch of a refined step's layer while it runs: candidates and their scores.
+int64_t RefinementBytes(const ResidentSequence& sequence, const StepBudget& budget);
+// Layers are refined together up to so many of these bytes, at least one.
+inline constexpr int64_t kMaxRefinementBytes = int64_t{256} << 20;
 // Sequences of all kinds in as few launches as their kinds allow.
 absl::Status SelectSteps(std::span<const SelectionStep> steps, Backend& backend, Stream& stream);
 

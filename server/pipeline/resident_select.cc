@@ -29,6 +29,8 @@ struct Kind {
   bool means;
   int64_t head_stride_bytes;
   float softmax_scale;
+  bool refined;
+  DType key_dtype;  // where they are read
   bool operator==(const Kind&) const = default;
 };
 
@@ -45,7 +47,9 @@ Kind KindOf(const SelectionStep& step) {
           .summary_dtype = summaries.dtype,
           .means = summaries.mean != nullptr,
           .head_stride_bytes = summaries.head_stride_bytes,
-          .softmax_scale = SoftmaxScaleOf(sequence.spec())};
+          .softmax_scale = SoftmaxScaleOf(sequence.spec()),
+          .refined = step.budget.refined(),
+          .key_dtype = step.budget.refined() ? sequence.layout().key_dtype : DType::kFloat32};
 }
 
 // Calls f(layer, place) for the layers of the step that are chosen from; place counts from 0.
@@ -67,6 +71,46 @@ TensorView QueriesOf(const SelectionStep& step, int32_t place) {
                    shape.num_query_heads, shape.head_dim);
 }
 
+// Scores by KV head -> one set for all heads of a layer, which ranks by the sum over them.
+struct SummedScores {
+  const float* by_head = nullptr;  // [Hkv, count]
+  float* sums = nullptr;           // out [count]
+  int64_t count = 0;
+};
+
+// Layers whose scores lie one behind the other share a launch.
+absl::Status SumHeads(std::span<const SummedScores> scores, int32_t num_kv_heads, Backend& backend,
+                      Stream& stream) {
+  for (size_t first = 0; first < scores.size();) {
+    const int64_t count = scores[first].count;
+    size_t end = first + 1;
+    while (end < std::min(scores.size(), first + kMaxSummedLayers) && scores[end].count == count &&
+           scores[end].by_head == scores[end - 1].by_head + num_kv_heads * count &&
+           scores[end].sums == scores[end - 1].sums + count) {
+      ++end;
+    }
+    const auto layers = static_cast<int32_t>(end - first);
+    const ReduceRowsParams params = {.in = scores[first].by_head,
+                                     .rows_in = layers * num_kv_heads,
+                                     .rows_out = layers,
+                                     .columns = count,
+                                     .mean = false,
+                                     .accumulate = false,
+                                     .out = scores[first].sums};
+    if (absl::Status status = backend.ReduceRows(params, stream); !status.ok()) return status;
+    first = end;
+  }
+  return absl::OkStatus();
+}
+
+// One layer of a step on its way.
+struct LayerSelection {
+  const SelectionStep* step = nullptr;
+  int32_t layer = 0;
+  int32_t place = 0;
+  const float* block_scores = nullptr;  // [groups, B]; null: all tokens are candidates
+};
+
 // Steps of one kind.
 class KindSelector {
  public:
@@ -76,106 +120,179 @@ class KindSelector {
   void Add(const SelectionStep& step) { steps_.push_back(&step); }
 
   absl::Status Run() {
-    absl::Status status = MakeItems();
-    if (!status.ok() || score_items_.empty()) return status;
-    status = backend_.ScoreBlocks({.items = score_items_,
-                                   .num_kv_heads = kind_.num_kv_heads,
-                                   .softmax_scale = kind_.softmax_scale},
-                                  stream_);
-    if (status.ok()) status = SumHeads();
+    for (const SelectionStep* step : steps_) {
+      ForEachLayer(*step, [&](int32_t layer, int32_t place) {
+        layers_.push_back({.step = step, .layer = layer, .place = place});
+      });
+    }
+    if (layers_.empty()) return absl::OkStatus();
+    absl::Status status = ScoreBlocks();
     if (!status.ok()) return status;
-    return backend_.SelectBlocks({.items = select_items_, .groups = kind_.groups}, stream_);
+    return kind_.refined ? RefineAll() : SelectByBlocks();
   }
 
  private:
   // Whether scores by head are what selection reads, so that a caller's memory can take them.
   bool ByHead() const { return kind_.groups == kind_.num_kv_heads; }
 
-  absl::Status MakeItems() {
+  // Where blocks have nothing to decide and nobody asks, they are not scored.
+  static bool NeedsBlocks(const SelectionStep& step) {
+    return step.block_scores != nullptr || step.budget.num_candidates < step.sequence->num_tokens();
+  }
+
+  absl::Status ScoreBlocks() {
     int64_t num_by_head = 0;
     int64_t num_sums = 0;
-    for (const SelectionStep* step : steps_) {
-      ForEachLayer(*step, [&](int32_t, int32_t) {
-        num_by_head += kind_.num_kv_heads * NumBlocks(*step);
-        num_sums += ByHead() ? 0 : NumBlocks(*step);
-      });
+    for (const LayerSelection& layer : layers_) {
+      if (!NeedsBlocks(*layer.step)) continue;
+      num_by_head += kind_.num_kv_heads * NumBlocks(*layer.step);
+      num_sums += ByHead() ? 0 : NumBlocks(*layer.step);
     }
+    if (num_by_head == 0) return absl::OkStatus();
     absl::StatusOr<Buffer> scores =
         backend_.Allocate((num_by_head + num_sums) * kFloatBytes, stream_);
     if (!scores.ok()) return scores.status();
     scores_ = *std::move(scores);
     float* next = scores_.as<float>();
     float* next_sum = next + num_by_head;
-    for (const SelectionStep* step : steps_) {
-      ForEachLayer(*step, [&](int32_t layer, int32_t place) {
-        const int64_t num_blocks = NumBlocks(*step);
-        float* const own = std::exchange(next, next + kind_.num_kv_heads * num_blocks);
-        float* summed = ByHead() ? own : std::exchange(next_sum, next_sum + num_blocks);
-        if (step->block_scores != nullptr) {
-          summed = step->block_scores + place * kind_.groups * num_blocks;
-        }
-        AddItems(*step, layer, place, ByHead() ? summed : own, summed);
-      });
-    }
-    return absl::OkStatus();
-  }
-
-  void AddItems(const SelectionStep& step, int32_t layer, int32_t place, float* by_head,
-                float* scores) {
-    const ResidentSequence& sequence = *step.sequence;
-    const int64_t num_blocks = NumBlocks(step);
-    score_items_.push_back({.queries = QueriesOf(step, place),
-                            .summaries = sequence.Summaries(layer),
-                            .block_starts = sequence.block_starts(),
-                            .num_blocks = num_blocks,
-                            .block_scores = by_head});
-    select_items_.push_back(
-        {.block_scores = scores,
-         .block_starts = sequence.block_starts(),
-         .num_blocks = num_blocks,
-         .num_tokens = sequence.num_tokens(),
-         .prefix_end = step.budget.prefix_end,
-         .suffix_begin = step.budget.suffix_begin,
-         .num_selected = step.budget.num_selected,
-         .tokens = step.tokens + place * kind_.groups * step.budget.num_selected});
-  }
-
-  // One set for all heads of a layer ranks by the sum over them. Layers whose scores lie one behind
-  // the other share a launch.
-  absl::Status SumHeads() {
-    if (ByHead()) return absl::OkStatus();
-    for (size_t first = 0; first < score_items_.size();) {
-      const int64_t num_blocks = score_items_[first].num_blocks;
-      size_t end = first + 1;
-      while (end < std::min(score_items_.size(), first + kMaxSummedLayers) &&
-             score_items_[end].num_blocks == num_blocks &&
-             score_items_[end].block_scores ==
-                 score_items_[end - 1].block_scores + kind_.num_kv_heads * num_blocks &&
-             select_items_[end].block_scores == select_items_[end - 1].block_scores + num_blocks) {
-        ++end;
+    std::vector<ScoreBlocksItem> items;
+    std::vector<SummedScores> sums;
+    for (LayerSelection& layer : layers_) {
+      const SelectionStep& step = *layer.step;
+      if (!NeedsBlocks(step)) continue;
+      const int64_t num_blocks = NumBlocks(step);
+      float* by_head = std::exchange(next, next + kind_.num_kv_heads * num_blocks);
+      float* summed = ByHead() ? by_head : std::exchange(next_sum, next_sum + num_blocks);
+      if (step.block_scores != nullptr) {
+        summed = step.block_scores + layer.place * kind_.groups * num_blocks;
       }
-      const auto layers = static_cast<int32_t>(end - first);
-      const ReduceRowsParams params = {
-          .in = score_items_[first].block_scores,
-          .rows_in = layers * kind_.num_kv_heads,
-          .rows_out = layers,
-          .columns = num_blocks,
-          .mean = false,
-          .accumulate = false,
-          .out = const_cast<float*>(select_items_[first].block_scores)};
-      if (absl::Status status = backend_.ReduceRows(params, stream_); !status.ok()) return status;
+      if (ByHead()) by_head = summed;
+      layer.block_scores = summed;
+      items.push_back({.queries = QueriesOf(step, layer.place),
+                       .summaries = step.sequence->Summaries(layer.layer),
+                       .block_starts = step.sequence->block_starts(),
+                       .num_blocks = num_blocks,
+                       .block_scores = by_head});
+      if (!ByHead()) sums.push_back({.by_head = by_head, .sums = summed, .count = num_blocks});
+    }
+    absl::Status status = backend_.ScoreBlocks(
+        {.items = items, .num_kv_heads = kind_.num_kv_heads, .softmax_scale = kind_.softmax_scale},
+        stream_);
+    if (!status.ok()) return status;
+    return SumHeads(sums, kind_.num_kv_heads, backend_, stream_);
+  }
+
+  int32_t* TokensOf(const LayerSelection& layer) const {
+    const SelectionStep& step = *layer.step;
+    return step.tokens + layer.place * kind_.groups * step.budget.num_selected;
+  }
+
+  // The layer's best `num_selected` tokens by blocks.
+  static SelectBlocksItem BlocksItem(const LayerSelection& layer, int64_t num_selected,
+                                     int32_t* tokens) {
+    const ResidentSequence& sequence = *layer.step->sequence;
+    const StepBudget& budget = layer.step->budget;
+    return {.block_scores = layer.block_scores,
+            .block_starts = sequence.block_starts(),
+            .num_blocks = NumBlocks(*layer.step),
+            .num_tokens = sequence.num_tokens(),
+            .prefix_end = budget.prefix_end,
+            .suffix_begin = budget.suffix_begin,
+            .num_selected = num_selected,
+            .tokens = tokens};
+  }
+
+  absl::Status SelectByBlocks() {
+    std::vector<SelectBlocksItem> items;
+    for (const LayerSelection& layer : layers_) {
+      items.push_back(BlocksItem(layer, layer.step->budget.num_selected, TokensOf(layer)));
+    }
+    return backend_.SelectBlocks({.items = items, .groups = kind_.groups}, stream_);
+  }
+
+  // Batch by batch in the same scratch, which the stream's order keeps apart.
+  absl::Status RefineAll() {
+    std::vector<std::span<const LayerSelection>> batches;
+    int64_t most_bytes = 0;
+    for (size_t first = 0; first < layers_.size();) {
+      int64_t bytes = 0;
+      size_t end = first;
+      for (; end < layers_.size(); ++end) {
+        const SelectionStep& step = *layers_[end].step;
+        const int64_t more = RefinementBytes(*step.sequence, step.budget);
+        if (end > first && bytes + more > kMaxRefinementBytes) break;
+        bytes += more;
+      }
+      most_bytes = std::max(most_bytes, bytes);
+      batches.push_back(std::span(layers_).subspan(first, end - first));
       first = end;
     }
+    absl::StatusOr<Buffer> scratch = backend_.Allocate(most_bytes, stream_);
+    if (!scratch.ok()) return scratch.status();
+    for (const std::span<const LayerSelection> batch : batches) {
+      if (absl::Status status = Refine(batch, *scratch); !status.ok()) return status;
+    }
     return absl::OkStatus();
+  }
+
+  // Candidates by blocks, their scores by their own keys, and the best of them. What is protected
+  // is the candidates' head and tail, since they are ascending and hold all of it.
+  absl::Status Refine(std::span<const LayerSelection> layers, const Buffer& scratch) {
+    std::vector<SelectBlocksItem> proposals, choices;
+    std::vector<ScoreTokensItem> scores;
+    std::vector<SummedScores> sums;
+    int64_t num_by_head = 0;
+    int64_t num_sums = 0;
+    for (const LayerSelection& layer : layers) {
+      num_by_head += kind_.num_kv_heads * layer.step->budget.num_candidates;
+      num_sums += ByHead() ? 0 : layer.step->budget.num_candidates;
+    }
+    float* next = scratch.as<float>();
+    float* next_sum = next + num_by_head;
+    auto* next_candidate = reinterpret_cast<int32_t*>(next_sum + num_sums);
+    for (const LayerSelection& layer : layers) {
+      const ResidentSequence& sequence = *layer.step->sequence;
+      const StepBudget& budget = layer.step->budget;
+      const int64_t count = budget.num_candidates;
+      int32_t* candidates = nullptr;  // all tokens
+      if (count < sequence.num_tokens()) {
+        candidates = std::exchange(next_candidate, next_candidate + kind_.groups * count);
+        proposals.push_back(BlocksItem(layer, count, candidates));
+      }
+      float* const by_head = std::exchange(next, next + kind_.num_kv_heads * count);
+      float* const summed = ByHead() ? by_head : std::exchange(next_sum, next_sum + count);
+      scores.push_back({.queries = QueriesOf(*layer.step, layer.place),
+                        .keys = sequence.Keys(layer.layer, sequence.num_tokens()),
+                        .tokens = candidates,
+                        .num_tokens = count,
+                        .token_scores = by_head});
+      if (!ByHead()) sums.push_back({.by_head = by_head, .sums = summed, .count = count});
+      choices.push_back({.block_scores = summed,
+                         .block_starts = nullptr,
+                         .num_blocks = count,
+                         .num_tokens = count,
+                         .prefix_end = budget.prefix_end,
+                         .suffix_begin = count - (sequence.num_tokens() - budget.suffix_begin),
+                         .num_selected = budget.num_selected,
+                         .tokens = TokensOf(layer),
+                         .names = candidates});
+    }
+    absl::Status status =
+        backend_.SelectBlocks({.items = proposals, .groups = kind_.groups}, stream_);
+    if (!status.ok()) return status;
+    status = backend_.ScoreTokens(
+        {.items = scores, .groups = kind_.groups, .softmax_scale = kind_.softmax_scale}, stream_);
+    if (status.ok()) status = SumHeads(sums, kind_.num_kv_heads, backend_, stream_);
+    if (!status.ok()) return status;
+    return backend_.SelectBlocks({.items = choices, .groups = kind_.groups}, stream_);
   }
 
   const Kind kind_;
   Backend& backend_;
   Stream& stream_;
   std::vector<const SelectionStep*> steps_;
-  Buffer scores_;
-  std::vector<ScoreBlocksItem> score_items_;
-  std::vector<SelectBlocksItem> select_items_;
+  std::vector<LayerSelection> layers_;
+  Buffer scores_;  // of blocks
 };
 
 // What refreshes must have in common to share launches.
@@ -255,7 +372,17 @@ absl::StatusOr<StepBudget> BudgetOfStep(const ResidentSequence& sequence, int64_
     budget.num_selected = num_protected;
     budget.raised_by_protection = true;
   }
+  const int64_t factor = std::max(policy.scoring.refinement_factor, 1);
+  budget.num_candidates = std::min(factor * budget.num_selected, num_tokens);
   return budget;
+}
+
+int64_t RefinementBytes(const ResidentSequence& sequence, const StepBudget& budget) {
+  if (!budget.refined()) return 0;
+  const int64_t heads = sequence.spec().shape.num_kv_heads;
+  const int64_t groups = sequence.groups();
+  const int64_t sums = groups == heads ? 0 : groups;
+  return budget.num_candidates * ((heads + sums) * kFloatBytes + groups * kIndexBytes);
 }
 
 absl::Status SelectSteps(std::span<const SelectionStep> steps, Backend& backend, Stream& stream) {

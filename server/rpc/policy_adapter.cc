@@ -114,6 +114,7 @@ absl::Status MergeScoring(const v1::Scoring& wire, const std::string& field,
   if (wire.num_window_queries() != 0) policy.num_window_queries = wire.num_window_queries();
   if (wire.pooling_kernel() != 0) policy.pooling_kernel = wire.pooling_kernel();
   if (wire.softmax_scale() != 0) policy.softmax_scale = wire.softmax_scale();
+  if (wire.refinement_factor() != 0) policy.refinement_factor = wire.refinement_factor();
   status = Assign(kPoolings, wire.pooling(), &v1::Scoring::Pooling_IsValid, field + ".pooling",
                   policy.pooling);
   status.Update(Assign(kReductions, wire.block_reduction(), &v1::Scoring::BlockReduction_IsValid,
@@ -209,6 +210,7 @@ v1::Scoring ScoringToProto(const ScoringPolicy& policy) {
   wire.set_lse_base(kLseBases.ToWire(policy.lse_base_2));
   wire.set_softmax_scale(policy.softmax_scale);
   wire.set_query_reduction(kQueryReductions.ToWire(policy.query_reduction));
+  wire.set_refinement_factor(policy.refinement_factor);
   return wire;
 }
 
@@ -239,6 +241,10 @@ absl::StatusOr<Policy> PolicyFromProto(const v1::Policy& wire, const std::string
   status.Update(Assign(kTransforms, wire.transform(), &v1::Transform_IsValid, field + ".transform",
                        policy.transform));
   status.Update(MergeEncoding(wire.encoding(), field + ".encoding", policy.encoding));
+  // What an index preset refines goes with its index.
+  if (policy.transform != Transform::kIndex && wire.scoring().refinement_factor() == 0) {
+    policy.scoring.refinement_factor = 0;
+  }
   MergeProtection(wire.protection(), policy.protection);
   status.Update(Assign(kScopes, wire.scope(), &v1::Scope_IsValid, field + ".scope", policy.scope));
   status.Update(Assign(kPositions, wire.positions(), &v1::Positions_IsValid, field + ".positions",

@@ -225,7 +225,9 @@ int64_t PlannedStep::row_bytes() const {
 }
 
 int64_t PlannedStep::score_bytes() const {
-  return num_layers() * (heads() + 1) * num_blocks * kFloatBytes;
+  const int64_t of_layer = RefinementBytes(*sequence, selection.budget);
+  return num_layers() * (heads() + 1) * num_blocks * kFloatBytes +
+         std::min(num_layers() * of_layer, std::max(of_layer, kMaxRefinementBytes));
 }
 
 absl::Status SelectPlan::TakeAnswer(const PlannedStep& step, int64_t bytes, const char* instead,

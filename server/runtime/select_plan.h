@@ -69,7 +69,7 @@ struct PlannedStep {
   bool value_scales() const { return IsQuantized(sequence->layout().value_dtype); }
   // Of one moved row of one head, inline.
   int64_t row_bytes() const;
-  // Of block scores while the step runs.
+  // Of scores, and of candidates, while the step runs.
   int64_t score_bytes() const;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parity of what a decode step does with chosen tokens: AttendTokens and RefreshRows.
+// Parity of what a decode step does with rows of tokens: ScoreTokens, AttendTokens and RefreshRows.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -57,6 +57,65 @@ std::vector<int32_t> RandomTokens(Random& random, int64_t num_tokens, int64_t co
   all.resize(static_cast<size_t>(count));
   std::sort(all.begin(), all.end());
   return all;
+}
+
+// ---- ScoreTokens ----
+
+struct TokenScoreCase {
+  int64_t num_tokens = 0;
+  bool first_tokens = false;  // tokens null
+};
+
+// Items share the keys of a few sequences.
+void CheckTokenScores(Backend& backend, const ParityShape& shape,
+                      const std::vector<HostTensor>& keys, int32_t groups, int64_t num_queries,
+                      const std::vector<TokenScoreCase>& cases) {
+  SCOPED_TRACE("layout " + std::to_string(static_cast<int>(shape.layout)) + ", groups " +
+               std::to_string(groups) + ", queries " + std::to_string(num_queries) + ", items " +
+               std::to_string(cases.size()));
+  const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(shape.head_dim)));
+  DeviceSession session(backend);
+  std::vector<TensorView> uploaded;
+  std::vector<double> norms;
+  for (const HostTensor& tensor : keys) {
+    uploaded.push_back(session.Upload(tensor));
+    norms.push_back(LargestNorm(tensor.view()));
+  }
+  std::vector<HostTensor> queries;
+  std::vector<std::vector<int32_t>> tokens(cases.size());
+  std::vector<ScoreTokensItem> items;
+  std::vector<Output<float>> scores;
+  Random random(61);
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const int64_t count = cases[i].num_tokens;
+    queries.push_back(HostTensor::Make(shape, num_queries, shape.num_query_heads, shape.query_dtype,
+                                       Layout::kDense, 600 + i));
+    for (int32_t g = 0; g < groups && !cases[i].first_tokens; ++g) {
+      const std::vector<int32_t> row = RandomTokens(random, shape.num_tokens, count);
+      tokens[i].insert(tokens[i].end(), row.begin(), row.end());
+    }
+    scores.push_back(session.Poisoned<float>(shape.num_kv_heads * count));
+    items.push_back({.queries = session.Upload(queries.back()),
+                     .keys = uploaded[i % keys.size()],
+                     .tokens = session.Upload(tokens[i]),
+                     .num_tokens = count,
+                     .token_scores = scores.back().data()});
+  }
+  const absl::Status status = backend.ScoreTokens(
+      {.items = items, .groups = groups, .softmax_scale = scale}, session.stream());
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const ScoreTokensItem host{.queries = queries[i].view(),
+                               .keys = keys[i % keys.size()].view(),
+                               .tokens = tokens[i].empty() ? nullptr : tokens[i].data(),
+                               .num_tokens = cases[i].num_tokens};
+    const double dot = LargestNorm(host.queries) * norms[i % norms.size()] * 1.01;
+    const double relative = SoftmaxError(scale, dot, shape.head_dim, host.num_tokens) +
+                            static_cast<double>(num_queries * shape.group_size()) * kUnit;
+    ExpectNear(session.Read(std::move(scores[i])), ScoreTokens(host, groups, scale), relative,
+               1e-30, "scores of item " + std::to_string(i));
+    if (testing::Test::HasFatalFailure()) return;
+  }
 }
 
 // ---- AttendTokens ----
@@ -366,6 +425,41 @@ ParityShape OtherGranularity(ParityShape shape) {
 }
 
 }  // namespace
+
+void CheckScoreTokens(Backend& backend, const ParityShape& shape) {
+  const int64_t all = shape.num_tokens;
+  const int64_t some = std::clamp<int64_t>(
+      static_cast<int64_t>(shape.kept_ratio * static_cast<double>(all)), 1, all);
+  std::vector<ParityShape> variants = {shape};
+  if (shape.small()) {
+    variants.push_back(shape);
+    variants.back().layout = Layout::kHeadMajor;  // as sessions rest
+    if (IsQuantized(shape.dtype)) {
+      variants.push_back(OtherGranularity(shape));
+      variants.back().layout = Layout::kHeadMajor;
+    }
+  }
+  for (const ParityShape& variant : variants) {
+    std::vector<HostTensor> keys = {HostTensor::Cache(variant, 501)};
+    if (shape.small()) keys.push_back(HostTensor::Cache(variant, 502));
+    std::vector<TokenScoreCase> batch = {{some, false}, {all, true}};
+    if (shape.small()) {
+      batch.insert(batch.end(), {{0, false}, {1, false}, {all, false}, {(some + 1) / 2, true}});
+      // More than a launch takes, of different lengths.
+      while (batch.size() < 66) {
+        batch.push_back({std::min<int64_t>(all, static_cast<int64_t>(batch.size() % 23)), false});
+      }
+    }
+    for (int32_t groups : {shape.num_kv_heads, 1}) {
+      CheckTokenScores(backend, variant, keys, groups, 1, batch);
+      if (testing::Test::HasFatalFailure() || !shape.small()) return;
+      for (int64_t num_queries : {int64_t{5}, int64_t{shape.num_queries}}) {
+        CheckTokenScores(backend, variant, keys, groups, num_queries, {{some, false}, {all, true}});
+        if (testing::Test::HasFatalFailure()) return;
+      }
+    }
+  }
+}
 
 void CheckAttendTokens(Backend& backend, const ParityShape& shape) {
   const int64_t all = shape.num_tokens;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parity of SelectTokens and SelectBlocks: selections are equal, not close.
+// Parity of SelectTokens and SelectBlocks, of blocks and of candidates: selections are equal, not
+// close.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -251,6 +252,50 @@ void CheckManyBlocks(Backend& backend, ParityShape shape) {
   CheckBatch(backend, cases, starts, 1);
 }
 
+// Tokens as blocks of their own, under the names of candidates or their own numbers.
+void CheckCandidates(Backend& backend, int64_t num_candidates, int32_t groups, uint64_t seed) {
+  std::vector<int32_t> starts(static_cast<size_t>(num_candidates) + 1);
+  std::iota(starts.begin(), starts.end(), 0);
+  // Of the cases; shares no factor with the loops they come from.
+  const size_t step = num_candidates > 4096 ? 17 : 3;
+  const std::vector<BlockSelectionCase> all = BlockSelectionCases(starts, groups);
+  Random random(seed);
+  DeviceSession session(backend);
+  std::vector<BlockSelectionCase> cases;
+  std::vector<std::vector<int32_t>> names;
+  std::vector<SelectBlocksItem> items;
+  std::vector<Output<int32_t>> tokens;
+  for (size_t i = 0; i < all.size(); i += step) {
+    cases.push_back(all[i]);
+    SelectBlocksItem item = all[i].item;
+    names.emplace_back();
+    for (int64_t j = 0; cases.size() % 4 != 0 && j < groups * item.num_tokens; ++j) {
+      const int32_t before = j % item.num_tokens == 0 ? -1 : names.back().back();
+      names.back().push_back(before + static_cast<int32_t>(random.Between(1, 9)));
+    }
+    tokens.push_back(session.Poisoned<int32_t>(groups * item.num_selected));
+    item.block_scores = session.Upload(cases.back().block_scores);
+    item.names = session.Upload(names.back());
+    item.tokens = tokens.back().data();
+    items.push_back(item);
+  }
+  const absl::Status status =
+      backend.SelectBlocks({.items = items, .groups = groups}, session.stream());
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t i = 0; i < cases.size(); ++i) {
+    SelectBlocksItem host = cases[i].item;
+    host.block_scores = cases[i].block_scores.data();
+    host.names = names[i].empty() ? nullptr : names[i].data();
+    const std::vector<int32_t> expected = SelectBlocks(host, groups);
+    for (size_t r = 1; r < expected.size(); ++r) {
+      const bool same_group = r % static_cast<size_t>(host.num_selected) != 0;
+      ASSERT_TRUE(!same_group || expected[r - 1] < expected[r]) << cases[i].name;
+    }
+    ExpectEqual(session.Read(std::move(tokens[i])), expected, cases[i].name);
+    if (testing::Test::HasFatalFailure()) return;
+  }
+}
+
 // The budget ends among very many light blocks of nearly equal scores, beside few heavy ones.
 void CheckSelectSkewed(Backend& backend) {
   constexpr int32_t kHeavy = 20;
@@ -283,6 +328,13 @@ void CheckSelectBlocks(Backend& backend, const ParityShape& shape) {
     const std::vector<BlockSelectionCase> cases = BlockSelectionCases(starts, groups);
     CheckBatch(backend, cases, starts, groups);
     CheckBatch(backend, std::span(cases).subspan(3, 1), starts, groups);
+    if (testing::Test::HasFatalFailure() || shape.num_kv_heads == 1) return;
+  }
+}
+
+void CheckSelectCandidates(Backend& backend, const ParityShape& shape) {
+  for (int32_t groups : {1, shape.num_kv_heads}) {
+    CheckCandidates(backend, shape.num_tokens, groups, 27);
     if (testing::Test::HasFatalFailure() || shape.num_kv_heads == 1) return;
   }
 }

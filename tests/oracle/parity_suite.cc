@@ -40,6 +40,8 @@ constexpr NamedCheck kChecks[] = {
     {"BlockBound", CheckBlockBound},
     {"ScoreBlocks", CheckScoreBlocks},
     {"SelectBlocks", CheckSelectBlocks},
+    {"ScoreTokens", CheckScoreTokens},
+    {"SelectCandidates", CheckSelectCandidates},
     {"AttendTokens", CheckAttendTokens},
     {"RefreshRows", CheckRefreshRows},
     {"ResidentMemory", CheckResidentMemory},

@@ -45,6 +45,9 @@ Selection SelectTokens(const SelectTokensParams& params);
 
 Segmentation SegmentTokens(const SegmentTokensParams& params);
 
+std::vector<double> ScoreTokens(const ScoreTokensItem& item, int32_t groups,
+                                float softmax_scale);  // [Hkv, n]
+
 std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups);  // [groups, n]
 
 // Both in the fp32 logits' reach; output [Hq, D], lse [Hq].

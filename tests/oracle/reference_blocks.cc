@@ -169,6 +169,33 @@ std::vector<double> ScoreBlocks(const ScoreBlocksItem& item, int32_t num_kv_head
   return scores;
 }
 
+std::vector<double> ScoreTokens(const ScoreTokensItem& item, int32_t groups, float softmax_scale) {
+  const TensorView& queries = item.queries;
+  const int32_t group = queries.num_heads / item.keys.num_heads;
+  const int64_t n = item.num_tokens;
+  std::vector<double> scores(static_cast<size_t>(item.keys.num_heads * n), 0.0);
+  for (int32_t a = 0; n > 0 && a < queries.num_heads; ++a) {
+    const int32_t h = a / group;
+    for (int64_t i = 0; i < queries.num_tokens; ++i) {
+      std::vector<double> logits;
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t t = item.tokens == nullptr ? j : item.tokens[(groups == 1 ? 0 : h) * n + j];
+        double dot = 0;
+        for (int32_t c = 0; c < queries.head_dim; ++c) {
+          dot += double{ElementValue(queries, i, a, c)} * double{ElementValue(item.keys, t, h, c)};
+        }
+        logits.push_back(softmax_scale * dot);
+      }
+      const double lse = LogSumExp(logits);
+      for (int64_t j = 0; j < n; ++j) {
+        scores[static_cast<size_t>(h * n + j)] += std::exp(logits[static_cast<size_t>(j)] - lse) /
+                                                  static_cast<double>(queries.num_tokens);
+      }
+    }
+  }
+  return scores;
+}
+
 // Every token takes its block's score; protected ones rank first, NaN as -infinity.
 std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups) {
   std::vector<int32_t> tokens;
@@ -176,7 +203,10 @@ std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups) 
     std::vector<std::pair<float, int32_t>> ranked;  // (score, token); stable: ties by token
     for (int64_t j = 0; j < item.num_blocks; ++j) {
       const float score = item.block_scores[g * item.num_blocks + j];
-      for (int32_t t = item.block_starts[j]; t < item.block_starts[j + 1]; ++t) {
+      const bool of_one = item.block_starts == nullptr;
+      const auto begin = of_one ? static_cast<int32_t>(j) : item.block_starts[j];
+      const int32_t end = of_one ? begin + 1 : item.block_starts[j + 1];
+      for (int32_t t = begin; t < end; ++t) {
         if (t < item.prefix_end || t >= item.suffix_begin) continue;
         ranked.emplace_back(std::isnan(score) ? -std::numeric_limits<float>::infinity() : score, t);
       }
@@ -191,6 +221,9 @@ std::vector<int32_t> SelectBlocks(const SelectBlocksItem& item, int32_t groups) 
       chosen.push_back(ranked[r].second);
     }
     std::sort(chosen.begin(), chosen.end());
+    for (int32_t& t : chosen) {
+      if (item.names != nullptr) t = item.names[g * item.num_tokens + t];
+    }
     tokens.insert(tokens.end(), chosen.begin(), chosen.end());
   }
   return tokens;

@@ -14,6 +14,8 @@
 #include "server/pipeline/resident.h"
 #include "tests/oracle/device_session.h"
 #include "tests/oracle/random_tensors.h"
+#include "tests/oracle/reference.h"
+#include "tests/oracle/tolerance.h"
 
 namespace dynsplit::oracle {
 namespace {
@@ -34,6 +36,7 @@ struct Kind {
   Scope scope = Scope::kLayerHead;
   SegmentationPolicy::Method segmentation = SegmentationPolicy::Method::kDynamic;
   DType dtype = DType::kBFloat16;
+  int32_t refinement = 1;
 };
 
 const Kind kKinds[] = {
@@ -50,6 +53,20 @@ const Kind kKinds[] = {
     {.name = "fp32_sentences",
      .segmentation = SegmentationPolicy::Method::kDelimiterSet,
      .dtype = DType::kFloat32},
+    {.name = "refined", .scoring = ScoringPolicy::Method::kBlockMeanKey, .refinement = 4},
+    {.name = "refined_fp8_bounds",
+     .format = EncodingPolicy::Format::kFloat8E4M3,
+     .summaries_as_keys = true,
+     .refinement = 3},
+    {.name = "refined_int8_one_set_a_layer",
+     .format = EncodingPolicy::Format::kInt8,
+     .scoring = ScoringPolicy::Method::kBlockMeanKey,
+     .scope = Scope::kLayer,
+     .refinement = 2},
+    {.name = "refined_fp32_fixed",
+     .segmentation = SegmentationPolicy::Method::kFixed,
+     .dtype = DType::kFloat32,
+     .refinement = 5},
 };
 
 DelimiterWeight Delimiter(int32_t token_id, float weight, bool sentence_end) {
@@ -96,6 +113,7 @@ class Text {
     }
     const HostTensor queries = HostTensor::Make(shape, kNumLayers, kNumQueryHeads, DType::kBFloat16,
                                                 Layout::kDense, seed + 7);
+    host_queries_.push_back(queries);
     queries_ = device.Upload(queries).data;
   }
 
@@ -110,6 +128,10 @@ class Text {
     return tensors;
   }
   const std::byte* queries() const { return queries_; }
+  // Of one layer, in host memory.
+  TensorView HostQueries(int32_t layer) const {
+    return Rows(host_queries_.front().view(), layer, 1);
+  }
   int64_t num_tokens() const { return num_tokens_; }
 
  private:
@@ -122,6 +144,7 @@ class Text {
   int64_t num_tokens_;
   std::vector<int32_t> ids_;
   std::vector<TensorView> keys_, values_;
+  std::vector<HostTensor> host_queries_;  // one
   const std::byte* queries_ = nullptr;
 };
 
@@ -137,6 +160,7 @@ ResidentSpec SpecOf(const Kind& kind, int64_t num_tokens, int64_t capacity) {
   if (kind.segmentation == SegmentationPolicy::Method::kNone)
     spec.policy.segmentation.block_size = 1;
   spec.policy.scoring.method = kind.scoring;
+  spec.policy.scoring.refinement_factor = kind.refinement;
   spec.policy.scope = kind.scope;
   spec.policy.encoding.key = kind.format;
   spec.policy.encoding.value = kind.format;
@@ -319,12 +343,102 @@ void ChoosesWhatItMust(Backend& backend, const Kind& kind) {
       ASSERT_EQ(chosen.size(), static_cast<size_t>(some.budget.num_selected));
       EXPECT_TRUE(std::is_sorted(chosen.begin(), chosen.end(), std::less_equal<>()));
       for (int32_t t = 0; t < kNumTokens; ++t) {
-        const bool sink = t < 4;
-        const bool recent = t >= kNumTokens - 32;
+        const ProtectionPolicy& protection = sequence->spec().policy.protection;
+        const bool sink = t < protection.num_sink_tokens;
+        const bool recent = t >= kNumTokens - protection.num_recent_tokens;
         const bool open =
             kind.segmentation == SegmentationPolicy::Method::kDynamic && t >= open_begin;
         if (sink || recent || open) {
           EXPECT_TRUE(std::binary_search(chosen.begin(), chosen.end(), t)) << "token " << t;
+        }
+      }
+    }
+  }
+}
+
+// Scores of all tokens of a layer by their own keys, as they rest: [groups, T].
+std::vector<double> TokenScores(const ResidentSequence& sequence, const Text& text, int32_t layer,
+                                double& relative_error, DeviceSession& device) {
+  TensorView keys = sequence.Keys(layer, sequence.num_tokens());
+  const std::vector<std::byte> rows = RestingRows(keys, device);
+  keys.data = rows.data();
+  keys.head_stride_bytes = keys.num_tokens * keys.token_stride_bytes;
+  if (keys.scales != nullptr) {
+    keys.scales =
+        reinterpret_cast<const float*>(rows.data() + keys.num_heads * keys.head_stride_bytes);
+  }
+  const ScoreTokensItem item = {.queries = text.HostQueries(layer),
+                                .keys = keys,
+                                .tokens = nullptr,
+                                .num_tokens = keys.num_tokens,
+                                .token_scores = nullptr};
+  const auto scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
+  relative_error = SoftmaxError(scale, LargestNorm(item.queries) * LargestNorm(keys) * 1.01,
+                                kHeadDim, keys.num_tokens) +
+                   kNumQueryHeads * kUnit;
+  std::vector<double> scores = ScoreTokens(item, 1, scale);
+  if (sequence.groups() > 1) return scores;
+  const auto num_tokens = static_cast<size_t>(keys.num_tokens);
+  for (size_t i = num_tokens; i < scores.size(); ++i) scores[i % num_tokens] += scores[i];
+  scores.resize(num_tokens);
+  return scores;
+}
+
+// `chosen` are the best of `candidates`, but for what is always chosen, and rounding.
+void ExpectBestOf(const std::vector<int32_t>& candidates, const std::vector<int32_t>& chosen,
+                  const double* scores, double relative_error, const StepBudget& budget) {
+  ASSERT_TRUE(std::is_sorted(chosen.begin(), chosen.end(), std::less_equal<>()));
+  ASSERT_TRUE(std::includes(candidates.begin(), candidates.end(), chosen.begin(), chosen.end()));
+  double worst_chosen = 1e300;
+  double best_other = 0;
+  for (const int32_t t : candidates) {
+    const bool is_chosen = std::binary_search(chosen.begin(), chosen.end(), t);
+    if (t < budget.prefix_end || t >= budget.suffix_begin) {
+      EXPECT_TRUE(is_chosen) << "token " << t;
+    } else if (is_chosen) {
+      worst_chosen = std::min(worst_chosen, scores[t]);
+    } else {
+      best_other = std::max(best_other, scores[t]);
+    }
+  }
+  EXPECT_GE(worst_chosen * (1 + 2 * relative_error), best_other);
+}
+
+// Blocks propose as they would choose that many; all tokens where the factor reaches so far.
+void TokensDecideAmongCandidates(Backend& backend, const Kind& kind) {
+  DeviceSession device(backend);
+  const Text text(kind, kNumTokens, 19, device);
+  Kind by_blocks = kind;
+  by_blocks.refinement = 1;
+  const auto proposing = Open(by_blocks, text, {kNumTokens}, device);
+  for (const int32_t factor : {2, 5, 16}) {
+    Kind refined = kind;
+    refined.refinement = factor;
+    const auto sequence = Open(refined, text, {kNumTokens - 21, 21}, device);
+    for (const int64_t budget : {int64_t{60}, int64_t{90}}) {
+      SCOPED_TRACE("factor " + std::to_string(factor) + ", budget " + std::to_string(budget));
+      const Selection selection = Select(*sequence, text, budget, device);
+      const int64_t num_candidates = std::min(factor * budget, kNumTokens);
+      ASSERT_EQ(selection.budget.num_candidates, num_candidates);
+      const Selection proposed = Select(*proposing, text, num_candidates, device);
+      EXPECT_TRUE(Selection::SameBits(selection.scores, proposed.scores));
+      Pending unasked = MakeStep(*sequence, text, budget, device);
+      unasked.step.block_scores = nullptr;
+      ASSERT_TRUE(SelectSteps({&unasked.step, 1}, backend, device.stream()).ok());
+      EXPECT_EQ(Finish(std::move(unasked), device).tokens, selection.tokens);
+      for (int32_t layer = 0; layer < kNumLayers; ++layer) {
+        if (layer == kDenseLayer) continue;
+        double error = 0;
+        const std::vector<double> scores = TokenScores(*sequence, text, layer, error, device);
+        const auto group_of = [&](const Selection& from, int32_t group) {
+          const std::vector<int32_t>& all = from.tokens[static_cast<size_t>(layer)];
+          const auto n = static_cast<ptrdiff_t>(from.budget.num_selected);
+          return std::vector<int32_t>(all.begin() + group * n, all.begin() + (group + 1) * n);
+        };
+        for (int32_t group = 0; group < sequence->groups(); ++group) {
+          ExpectBestOf(group_of(proposed, group), group_of(selection, group),
+                       scores.data() + group * kNumTokens, error, selection.budget);
+          if (testing::Test::HasFatalFailure()) return;
         }
       }
     }
@@ -361,6 +475,7 @@ void SequencesDoNotMix(Backend& backend, const Kind& kind) {
     // Another kind in between, so that the step falls into several launches.
     Kind own = kind;
     if (i == 2) own.scope = Scope::kLayer;
+    if (i == 3) own.refinement = kind.refinement == 1 ? 16 : 1;
     sequences.push_back(Open(own, *texts.back(), {texts.back()->num_tokens()}, device));
   }
   std::vector<Pending> pending;
@@ -588,6 +703,7 @@ struct NamedProperty {
 constexpr NamedProperty kProperties[] = {
     {"AppendingEqualsOpening", AppendingEqualsOpening},
     {"ChoosesWhatItMust", ChoosesWhatItMust},
+    {"TokensDecideAmongCandidates", TokensDecideAmongCandidates},
     {"MovingChangesNothing", MovingChangesNothing},
     {"SequencesDoNotMix", SequencesDoNotMix},
     {"IndexGrows", IndexGrows},

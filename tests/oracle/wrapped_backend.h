@@ -77,6 +77,9 @@ class WrappedBackend : public Backend {
   absl::Status ScoreBlocks(const ScoreBlocksParams& params, Stream& stream) override {
     return Forward("ScoreBlocks", &Backend::ScoreBlocks, params, stream);
   }
+  absl::Status ScoreTokens(const ScoreTokensParams& params, Stream& stream) override {
+    return Forward("ScoreTokens", &Backend::ScoreTokens, params, stream);
+  }
   absl::Status SelectTokens(const SelectTokensParams& params, Stream& stream) override {
     return Forward("SelectTokens", &Backend::SelectTokens, params, stream);
   }

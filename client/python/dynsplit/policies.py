@@ -36,6 +36,7 @@ def policy(
     query_reduction: str | None = None,
     lse_base: str | None = None,
     softmax_scale: float | None = None,
+    refinement_factor: int | None = None,
     transform: str | None = None,
     encoding: str | None = None,
     key_encoding: str | None = None,
@@ -77,6 +78,8 @@ def policy(
             "root_mean_square".
         lse_base: base of supplied log-sum-exp: "e" or "2".
         softmax_scale: multiplies q.k; default 1 / sqrt(D).
+        refinement_factor: sessions: candidates that blocks propose for every token chosen by its
+            own q.k, in [1, 16]; 1 = blocks decide.
         transform: "evict" or "index" (nothing dropped).
         encoding: bits of K and V: "as_is", "float8_e4m3", "int8"; or apart:
         key_encoding: bits of K.
@@ -124,6 +127,7 @@ def policy(
                 "query_reduction": _code(score.QueryReduction, "QUERY_REDUCTION", query_reduction),
                 "lse_base": _code(score.LseBase, "LSE_BASE", lse_base),
                 "softmax_scale": softmax_scale,
+                "refinement_factor": refinement_factor,
             },
         ),
         (

@@ -304,6 +304,7 @@ TEST_F(CompressTest, ApplyingAPlanGivesTheBytesOfCompressing) {
 
 TEST_F(CompressTest, IndexKeepsAllAndBoundsEveryBlock) {
   SequenceSpec spec = Spec(PresetPolicy("dynsplit_index"));
+  spec.policy.scoring.method = ScoringPolicy::Method::kBlockBound;
   spec.supply.num_window_queries = 0;  // an index needs no evidence
   ASSERT_TRUE(ResolveEvidence(spec).ok());
   const auto context = Prepare(spec);
