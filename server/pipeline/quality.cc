@@ -219,6 +219,7 @@ QualityCurve QualityCurve::Corrected(std::span<const QualityCorrection> correcti
   std::sort(ratios.begin(), ratios.end());
   ratios.erase(std::unique(ratios.begin(), ratios.end()), ratios.end());
   std::vector<QualityPoint> points;
+  points.reserve(ratios.size());
   for (const double ratio : ratios) {
     points.push_back({ratio, Correct(At(ratio), CorrectionAt(corrections, ratio), loss_.of_error)});
   }

@@ -85,10 +85,10 @@ std::optional<Candidate> MakeCandidate(std::string_view name, const AdviceReques
   const absl::StatusOr<const Preset*> preset = FindPreset(name);
   if (curve == nullptr || !preset.ok()) return std::nullopt;
   if (!Supplies(request.evidence, RequiredEvidence((*preset)->policy))) return std::nullopt;
-  Experience::Outlook outlook = experience.Of(request.shape, request.dtype, name);
+  const Experience::Outlook outlook = experience.Of(request.shape, request.dtype, name);
   Candidate candidate = {.policy = (*preset)->policy,
                          .curve = curve->Corrected(outlook.corrections),
-                         .outlook = std::move(outlook)};
+                         .outlook = outlook};
   const double rate = candidate.outlook.num_timed > 0 ? candidate.outlook.seconds_per_byte
                                                       : DefaultSecondsPerByte(backend);
   candidate.service_seconds = rate * InputBytes(request);

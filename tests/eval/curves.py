@@ -3,6 +3,7 @@
 """Quality curves for the server, from what evaluate.py measured.
 
     curves.py FOLDER OUT --run TEXT     FOLDER/receipts.csv -> OUT/presets.csv and OUT/receipts.csv
+    curves.py FOLDER OUT --check        how well OUT tells the divergences of FOLDER (needs torch)
 
 OUT is server/pipeline/quality, which is compiled into dynsplitd (Info.Advise, Receipt and the
 quality floor read it). Use a run of the tuning split: what is reported on the held-out split must
@@ -50,7 +51,10 @@ Row = dict[str, str]
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> Array:
-    """The never-falling sequence closest to `values` in weighted squares (pool adjacent violators)."""
+    """The never-falling sequence closest to `values` in weighted squares.
+
+    By pooling of adjacent violators.
+    """
     pools: list[tuple[float, float, int]] = []  # mean, weight, members
     for value, weight in zip(values, weights, strict=True):
         pool = (float(value), float(weight), 1)
@@ -70,13 +74,13 @@ def preset_curve(rows: Iterable[Row]) -> list[tuple[float, float, float, float]]
         found.setdefault(float(row["share"]), []).append((float(row["n"]), figures))
     shares = sorted(share for share in found if share < 1)
     weights = [sum(n for n, _ in found[share]) for share in shares]
-    means = [
-        np.average([figures for _, figures in found[share]], axis=0, weights=[n for n, _ in found[share]])
-        for share in shares
-    ]
+    means = []
+    for share in shares:
+        numbers = [n for n, _ in found[share]]
+        means.append(np.average([f for _, f in found[share]], axis=0, weights=numbers))
     columns = []
-    for figure, sign in enumerate((1, -1, -1)):
-        column = [sign * mean[figure] for mean in means]
+    for place, sign in enumerate((1, -1, -1)):
+        column = [sign * mean[place] for mean in means]
         columns.append(sign * isotonic(column, weights))
     mass, error, divergence = columns
     points = [
@@ -139,6 +143,43 @@ def write_curves(rows: Sequence[Row], out: Path, run: str) -> None:
     _write(out / "receipts.csv", run, "figure,value,divergence", receipts)
 
 
+def read(path: Path) -> list[Row]:
+    """Rows of a CSV file that may have comments."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def expected(rows: Iterable[Row], presets: Sequence[Row]) -> list[float]:
+    """Receipt.expected_divergence of cells: by their error, on the curve of their preset.
+
+    Methods that are no presets are variants of dynsplit.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in presets:
+        found.setdefault(row["preset"], []).append((float(row["error"]), float(row["divergence"])))
+    told = []
+    for row in rows:
+        errors, divergences = np.array(sorted(found.get(row["method"], found["dynsplit"]))).T
+        told.append(float(np.interp(float(row["error"]), errors, divergences)))
+    return told
+
+
+def check(rows: Sequence[Row], presets: Sequence[Row]) -> None:
+    """Prints what the curves are worth on cells that they were not made of."""
+    from accuracy.metrics import rank_correlation
+
+    told, kl = expected(rows, presets), [float(row["kl"]) for row in rows]
+    for name, value in (
+        ("expected divergence", told),
+        ("output error", [float(row["error"]) for row in rows]),
+        ("lost attention mass", [1 - float(row["mass"]) for row in rows]),
+        ("share of the tokens dropped", [1 - float(row["share"]) for row in rows]),
+    ):
+        found = rank_correlation(value, kl)
+        print(f"rank correlation of {name} with KL, {len(kl)} cells: {found:.3f}")
+    print(f"mean expected divergence {np.mean(told):.3f}, mean KL {np.mean(kl):.3f} nats")
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -146,11 +187,15 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="results of evaluate.py")
     parser.add_argument("out", type=Path, help="server/pipeline/quality")
-    parser.add_argument("--run", required=True, help="one line: size, split, cases of the run")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--run", help="one line: size, split, cases of the run")
+    mode.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    with (arguments.folder / "receipts.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    write_curves(rows, arguments.out, arguments.run)
+    rows = read(arguments.folder / "receipts.csv")
+    if arguments.check:
+        check(rows, read(arguments.out / "presets.csv"))
+    else:
+        write_curves(rows, arguments.out, arguments.run)
     return 0
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import curves  # noqa: E402
+import curves
 
 Row = dict[str, str]
 
@@ -92,6 +91,20 @@ def test_loss_curve_without_relation_is_one_level() -> None:
     assert points == [pytest.approx((0.25, 2.5))]
 
 
+def test_expected_divergence_is_read_off_the_own_curve() -> None:
+    presets = [
+        {"preset": preset, "kept_ratio": ratio, "mass": "0", "error": error, "divergence": kl}
+        for preset, ratio, error, kl in (
+            ("dynsplit", "0.1", "0.5", "1"),
+            ("dynsplit", "1", "0", "0"),
+            ("snapkv", "0.1", "0.5", "3"),
+            ("snapkv", "1", "0", "0"),
+        )
+    ]
+    rows = [_row(method, 0.2, (0, 0.25, 0)) for method in ("dynsplit", "snapkv", "fixed8")]
+    assert curves.expected(rows, presets) == [0.5, 1.5, 0.5]
+
+
 def test_files_have_the_presets_alone_and_all_cells(tmp_path: Path) -> None:
     rows = [
         _row(method, share, (share, 1 - share, 2 - 2 * share))
@@ -99,9 +112,7 @@ def test_files_have_the_presets_alone_and_all_cells(tmp_path: Path) -> None:
         for share in (0.1, 0.5)
     ]
     curves.write_curves(rows, tmp_path, "of a test")
-    with (tmp_path / "presets.csv").open() as file:
-        lines = [line for line in file if not line.startswith("#")]
-    presets = list(csv.DictReader(lines))
+    presets = curves.read(tmp_path / "presets.csv")
     assert [(r["preset"], r["kept_ratio"]) for r in presets] == [
         ("dynsplit", "0.1"),
         ("dynsplit", "0.5"),

@@ -87,8 +87,8 @@ def advise(
 ) -> Unary[info_pb2.AdviseResponse]:
     """From model, context, link and goal to a policy, or to "do not compress".
 
-    The answer (proto AdviseResponse) has `compress`, the `policy` to pass on, both ways' seconds, the
-    expected receipt and divergence, and the `reason` in one sentence.
+    The answer (proto AdviseResponse) has `compress`, the `policy` to pass on, the seconds of both
+    ways, the expected receipt and divergence, and the `reason` in one sentence.
 
     Args:
         context: of the client.
