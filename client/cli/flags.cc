@@ -138,6 +138,9 @@ void AddQualityFloor(CLI::App& app, v1::QualityFloor& floor) {
                     [&floor](double mass) { floor.set_min_retained_attention_mass(mass); });
   AddNumber<double>(app, "--max-error", "Quality floor: largest relative error of outputs",
                     [&floor](double error) { floor.set_max_output_relative_error(error); });
+  AddNumber<double>(app, "--max-divergence",
+                    "Quality floor: largest expected divergence, nats a token",
+                    [&floor](double nats) { floor.set_max_expected_divergence(nats); });
   AddNumber<double>(app, "--max-kept-ratio", "Refuse rather than keep more than this share",
                     [&floor](double ratio) { floor.set_max_kept_ratio(ratio); });
 }

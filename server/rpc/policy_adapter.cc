@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "server/pipeline/quality.h"
 #include "server/rpc/enum_map.h"
 
 namespace dynsplit::rpc {
@@ -176,10 +177,22 @@ void MergeProtection(const v1::Protection& wire, ProtectionPolicy& policy) {
   }
 }
 
-void MergeQualityFloor(const v1::QualityFloor& wire, QualityFloor& floor) {
+absl::Status MergeQualityFloor(const v1::QualityFloor& wire, const std::string& field,
+                               const std::string& preset, QualityFloor& floor) {
   floor.min_retained_attention_mass = wire.min_retained_attention_mass();
   floor.max_output_relative_error = wire.max_output_relative_error();
   if (wire.max_kept_ratio() != 0) floor.max_kept_ratio = wire.max_kept_ratio();
+  const double divergence = wire.max_expected_divergence();
+  if (divergence == 0) return absl::OkStatus();
+  if (!(std::isfinite(divergence) && divergence > 0)) {
+    return InvalidField(field + ".max_expected_divergence",
+                        absl::StrCat("is ", divergence, "; must be finite and not negative"));
+  }
+  // The loss is a function of the error, which is what a layer can be held to.
+  const double error = QualityTable::Builtin().LossOf(preset).of_error.ValueFor(divergence);
+  double& bound = floor.max_output_relative_error;
+  bound = bound == 0 ? error : std::min(bound, error);
+  return absl::OkStatus();
 }
 
 v1::Budget BudgetToProto(const BudgetPolicy& policy) {
@@ -249,7 +262,10 @@ absl::StatusOr<Policy> PolicyFromProto(const v1::Policy& wire, const std::string
   status.Update(Assign(kScopes, wire.scope(), &v1::Scope_IsValid, field + ".scope", policy.scope));
   status.Update(Assign(kPositions, wire.positions(), &v1::Positions_IsValid, field + ".positions",
                        policy.positions));
-  if (wire.has_quality_floor()) MergeQualityFloor(wire.quality_floor(), policy.quality_floor);
+  if (wire.has_quality_floor()) {
+    status.Update(MergeQualityFloor(wire.quality_floor(), field + ".quality_floor", policy.preset,
+                                    policy.quality_floor));
+  }
   if (!status.ok()) return status;
   policy.allow_fallback = wire.allow_fallback();
   if (wire.page_size() != 0) policy.page_size = wire.page_size();

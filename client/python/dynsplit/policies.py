@@ -50,6 +50,7 @@ def policy(
     positions: str | None = None,
     min_retained_attention_mass: float | None = None,
     max_output_relative_error: float | None = None,
+    max_expected_divergence: float | None = None,
     max_kept_ratio: float | None = None,
     allow_fallback: bool = False,
     page_size: int | None = None,
@@ -93,6 +94,7 @@ def policy(
         positions: "original", or "contiguous": keys re-rotated to 0..n-1 (needs `rope`).
         min_retained_attention_mass: quality floor in [0, 1].
         max_output_relative_error: quality floor.
+        max_expected_divergence: quality floor, nats a token (proto QualityFloor).
         max_kept_ratio: refuse rather than keep more for the floor's sake.
         allow_fallback: take the preset's fallback where evidence is missing.
         page_size: slots of an output page: 16, 32, 64 or 128.
@@ -159,6 +161,7 @@ def policy(
             {
                 "min_retained_attention_mass": min_retained_attention_mass,
                 "max_output_relative_error": max_output_relative_error,
+                "max_expected_divergence": max_expected_divergence,
                 "max_kept_ratio": max_kept_ratio,
             },
         ),

@@ -230,6 +230,46 @@ def test_server_policies_and_memory_are_told(service: Client) -> None:
     assert told.key_value == 2 * 2 * 2 * 100 * 16 * 4
 
 
+def test_advice_is_a_policy_to_pass_on_or_a_no(daemon: Daemon) -> None:
+    shape = types_pb2.SequenceShape(
+        num_layers=32, num_query_heads=32, num_kv_heads=8, num_tokens=1 << 17, head_dim=128
+    )
+    known = [types_pb2.EVIDENCE_WINDOW_QUERIES]
+    with Client(daemon.unix) as client:
+        slow = client.advise(shape, link_bytes_per_second=1e8, evidence=known)
+        assert slow.compress and slow.policy.preset == "dynsplit", slow.reason
+        assert slow.compressed_seconds < slow.plain_seconds
+        chosen = types_pb2.Policy.FromString(slow.policy.SerializeToString())
+        chosen.segmentation.profile = "smollm2"
+        assert client.compress(**_sequence(), policy=chosen).plan.policy.preset == "dynsplit"
+        strict = client.advise(
+            shape, link_bytes_per_second=1e8, evidence=known, max_expected_divergence=1e-3
+        )
+        assert strict.policy.budget.kept_ratio > slow.policy.budget.kept_ratio
+        assert strict.expected_divergence <= 1e-3
+        assert not client.advise(shape, link_bytes_per_second=1e15, evidence=known).compress
+        with pytest.raises(errors.InvalidRequestError) as refused:
+            client.advise(shape)
+        assert refused.value.violations[0].field == "link_bytes_per_second"
+
+    async def ask() -> Any:
+        async with dynsplit.aio.Client(daemon.unix) as client:
+            return await client.advise(shape, link_bytes_per_second=1e8, evidence=known)
+
+    assert asyncio.run(ask()).policy == slow.policy
+
+
+def test_a_floor_of_divergence_is_a_bound_of_the_error(service: Client) -> None:
+    loose = service.compress(**_sequence(), policy=POLICY).receipt
+    assert loose is not None and loose.expected_divergence > 0
+    wanted = loose.expected_divergence / 2
+    floor = types_pb2.Policy.FromString(POLICY.SerializeToString())
+    floor.quality_floor.max_expected_divergence = wanted
+    held = service.compress(**_sequence(), policy=floor)
+    assert held.receipt is not None and held.receipt.expected_divergence <= wanted
+    assert held.plan.policy.quality_floor.max_output_relative_error > 0
+
+
 def test_what_is_kept_can_be_fetched(service: Client) -> None:
     sequence = _sequence()
     found = service.compress(
