@@ -51,6 +51,7 @@ SIZES: dict[str, dict[int, int]] = {
     "small": {2048: 2},
     "medium": {2048: 10, 4096: 5},
     "full": {2048: 25, 4096: 15, 8192: 10},
+    "long": {8192: 25},
 }
 FAILED = 3  # exit status
 _CALIBRATION_TOKENS = 2048
@@ -65,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--split", choices=corpus.SPLITS, default="held-out")
-    parser.add_argument("--shares", default="0.05,0.1,0.2,0.5")
+    parser.add_argument("--shares", default="0.05,0.1,0.2,0.5", help="above 1: tokens")
     parser.add_argument("--kinds", default=",".join(corpus.KINDS))
+    parser.add_argument("--tasks", default=",".join((*cases.ACCURACY_TASKS, "text")))
     parser.add_argument("--methods", default=".", help="regular expression of method names")
     parser.add_argument("--grid", type=Path, metavar="JSON", help="further methods, see above")
     parser.add_argument("--presses", default=",".join(methods.PRESSES), help="of kvpress")
@@ -121,7 +123,8 @@ def _cases(arguments: argparse.Namespace, tokenizer: Any) -> list[cases.Case]:
         for length, count in SIZES[arguments.size].items():
             seed = f"{_SEED}/{arguments.split}"
             built = cases.build(kind, texts, length, count, seed, tokenizer)
-            found += [(int(case.name.rpartition("-")[2]), case) for case in built]
+            wanted = [case for case in built if case.task in arguments.tasks.split(",")]
+            found += [(int(case.name.rpartition("-")[2]), case) for case in wanted]
     order = hashlib.sha256
     found.sort(key=lambda entry: (entry[0], order(entry[1].name.encode()).digest()))
     chosen = [case for _, case in found]

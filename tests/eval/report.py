@@ -41,6 +41,11 @@ def _number(text: str) -> str:
     return f"{float(text):.3f}"
 
 
+def _share(text: str) -> str:
+    share = float(text)
+    return f"{share:g} tokens" if share > 1 else f"{100 * share:g} %"
+
+
 def _scores(rows: list[Row], mode: str, share: str) -> list[str]:
     """Methods by their average, tasks side by side; the first line is the full cache."""
     cells = {
@@ -60,7 +65,7 @@ def _scores(rows: list[Row], mode: str, share: str) -> list[str]:
     any_row = {task: row for (_, task), row in cells.items()}
     full = ["*full cache*", *(_number(any_row[task]["full_score"]) for task in tasks)]
     counts = ["*cases*", *(any_row[task]["n"] for task in tasks)]
-    title = f"### {mode}, {100 * float(share):g} % {'kept' if mode == 'evict' else 'read'}"
+    title = f"### {mode}, {_share(share)} {'kept' if mode == 'evict' else 'read'}"
     return [title, "", *_markdown(["method", *tasks], [full, *table, counts])]
 
 
@@ -100,7 +105,7 @@ def _by_kind(rows: list[Row], mode: str, share: str) -> list[str]:
     table = [line(m, "score", [cells.get((m, kind)) for kind in kinds]) for m in methods]
     any_row = {kind: row for (_, kind), row in cells.items()}
     full = line("*full cache*", "full_score", [any_row[kind] for kind in kinds])
-    title = f"### Averages by kind: {mode}, {100 * float(share):g} %"
+    title = f"### Averages by kind: {mode}, {_share(share)}"
     return [title, "", *_markdown(["method", *kinds], [full, *table])]
 
 
@@ -126,7 +131,7 @@ def _ablations(
         for other in dict.fromkeys(row["other"] for row in mine):
             found = [cells.get((other, share)) for share in shares]
             table.append([other, *(_interval(row) if row else "" for row in found)])
-        header = [f"{reference} less", *(f"{100 * float(share):g} %" for share in shares)]
+        header = [f"{reference} less", *(map(_share, shares))]
         lines += [f"### Ablations: {mode}", "", *_markdown(header, table)]
     return lines
 

@@ -21,7 +21,7 @@ from . import metrics
 from .cases import Case
 from .engine import Prefill, continue_with, prefill, readers_at_once
 from .index import Exchange, SessionReader
-from .methods import Method
+from .methods import Method, budget_of
 from .presses import Judge
 from .service import Kept, Service
 
@@ -144,7 +144,10 @@ def _kept(bench: Bench, past: Prefill, case: Case, masks: Tensor, notes: _Notes)
             if number in calls:
                 continue
             try:
-                mask = judge.kept(method.name.removeprefix("kvpress_"), share)
+                mask = judge.kept(
+                    method.name.removeprefix("kvpress_"),
+                    share if share <= 1 else share / past.num_tokens,
+                )
             except _FAILURES as error:
                 notes.failed(method, share, error)
                 continue
@@ -209,7 +212,7 @@ def _read(
     answer = _index_answer(bench, case)
     inputs = [case.prompt[-1], *answer[:-1]]
     shares = bench.settings.shares
-    budgets = [max(1, int(past.num_tokens * share)) for share in shares]
+    budgets = [budget_of(share, past.num_tokens) for share in shares]
     service, size = bench.service, (len(inputs), past.num_tokens)
     room = readers_at_once(bench.model.shape, bench.settings.memory_bytes, size[1], size[0])
     at_once = max(1, room // len(methods))  # shares

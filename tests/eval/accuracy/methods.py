@@ -36,8 +36,15 @@ class Method:
     needs_received: bool = False
 
     def policy(self, share: float) -> types_pb2.Policy:
-        """The policy at that share of the tokens."""
+        """The policy at that share of the tokens, or so many of them where it is above 1."""
+        if share > 1:
+            return policy(**self.choices, tokens_per_head=int(share))
         return policy(**self.choices, kept_ratio=share)
+
+
+def budget_of(share: float, num_tokens: int) -> int:
+    """Tokens that a share of so many is; above 1 it is a number of tokens itself."""
+    return min(num_tokens, int(share)) if share > 1 else max(1, int(num_tokens * share))
 
 
 def weights_profile(kind: str) -> str:
