@@ -60,6 +60,9 @@ void FillCapabilities(const ServerConfig& config, const BackendInfo& backend,
   capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_STREAM);
   if (config.regions == "shm" || config.regions == "all") {
     capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_SHM);
+    if (!config.region_socket.empty()) {
+      capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_MEMFD);
+    }
   }
   const bool has_device = !backend.uuid.empty();
   if (has_device && (config.regions == "cuda-ipc" || config.regions == "all")) {
