@@ -169,9 +169,11 @@ std::string Cell(const std::string& key, const OrderedJson& value) {
 }  // namespace
 
 std::string DescribePolicy(const v1::Policy& policy) {
+  const int32_t factor = policy.scoring().refinement_factor();
   std::string text =
       absl::StrCat(policy.preset(), ": ", DescribeSegmentation(policy.segmentation()), ", ",
-                   Choice(v1::Scoring::Method_Name(policy.scoring().method()), kMethod), ", ",
+                   Choice(v1::Scoring::Method_Name(policy.scoring().method()), kMethod),
+                   factor > 1 ? absl::StrCat(" refined ", factor, "×") : "", ", ",
                    DescribeBudget(policy.budget()), ", ",
                    Choice(v1::Transform_Name(policy.transform()), sizeof("TRANSFORM_") - 1),
                    ", scope ", Choice(v1::Scope_Name(policy.scope()), sizeof("SCOPE_") - 1));

@@ -22,6 +22,7 @@ int64_t PlacedBytes(const SequenceSpec& spec, int64_t num_kept, int32_t groups,
 
 SequenceSpec OriginalsSpec(SequenceSpec spec) {
   spec.policy.transform = Transform::kEvict;
+  spec.policy.scoring.refinement_factor = 0;
   spec.policy.encoding = EncodingPolicy{};
   spec.policy.positions = Positions::kOriginal;
   return spec;

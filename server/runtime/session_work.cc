@@ -44,7 +44,8 @@ SessionSnapshot Snapshot(Session& session, const SessionStore& store) {
 
 Policy FetchPolicy(const Policy& resident, const Policy& output) {
   Policy policy = resident;
-  policy.transform = Transform::kEvict;  // pages only: the index stays where it is
+  policy.transform = Transform::kEvict;  // pages only: the index stays where it is, with what
+  policy.scoring.refinement_factor = 0;  // refines its choices
   policy.budget = {.target = BudgetPolicy::Target::kRatio, .kept_ratio = 1};
   policy.encoding = output.encoding;
   policy.positions = output.positions;

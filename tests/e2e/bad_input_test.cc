@@ -505,6 +505,8 @@ std::vector<BadCase> PolicyCases() {
        policy([](P& p) { p.mutable_scoring()->set_pooling_kernel(4); })},
       {"PoolingTooWide", kInvalid, "policy.scoring.pooling_kernel",
        policy([](P& p) { p.mutable_scoring()->set_pooling_kernel(65); })},
+      {"RefinementWithoutIndex", kInvalid, "policy.scoring.refinement_factor",
+       policy([](P& p) { p.mutable_scoring()->set_refinement_factor(2); })},
       {"ScaleNotFinite", kInvalid, "policy.scoring.softmax_scale", policy([](P& p) {
          p.mutable_scoring()->set_softmax_scale(std::numeric_limits<double>::infinity());
        })},

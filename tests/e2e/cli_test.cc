@@ -371,9 +371,9 @@ TEST_F(CliTest, SessionShowsWhatIsReadAndMoved) {
   ASSERT_EQ(outcome.exit_code, 0) << outcome.err;
   EXPECT_EQ(outcome.err, "");
   for (const char* text :
-       {"session   ", "tokens    1,283 in 96 blocks", "K and V   2.8 MiB in device memory",
-        "index     ", "dynsplit_index: dynamic(14±6, smollm2_table7)", "128", "10.0 %",
-        "select    p50 ", "over 8 steps of 3 layers",
+       {"session   ", "tokens    1,283 in 79 blocks", "K and V   2.8 MiB in device memory",
+        "index     ", "dynsplit_index: dynamic(14±13, smollm2_table7), block-mean-key refined 4×, ",
+        "128", "10.0 %", "select    p50 ", "over 8 steps of 3 layers",
         "step 1 moved 1,152 of 1,152 rows; steps 2 to 8 moved ", "released  2.9 MiB"}) {
     EXPECT_TRUE(absl::StrContains(outcome.out, text)) << text << " is not in\n" << outcome.out;
   }

@@ -578,7 +578,7 @@ std::vector<int32_t> OracleTokens(const Sequence& sequence, size_t layer,
   select.num_blocks = num_blocks;
   select.num_tokens = shape.num_tokens();
   select.prefix_end = 4;
-  select.suffix_begin = std::min<int64_t>(shape.num_tokens() - 32, open_begin);
+  select.suffix_begin = std::min<int64_t>(shape.num_tokens() - 8, open_begin);
   select.num_selected = num_selected;
   return oracle::SelectBlocks(select, shape.num_kv_heads());
 }
@@ -587,10 +587,12 @@ TEST_F(SessionsTest, RealSampleSelectsTheOraclesTokens) {
   for (const char* kind : {"prose", "code", "dialogue"}) {
     const Sequence sequence = SampleSequence(kind);
     CompressJob job = OpenJob(sequence, sequence.tokens());
+    job.begin.mutable_policy()->mutable_scoring()->set_method(v1::Scoring::METHOD_BLOCK_BOUND);
     job.begin.mutable_session()->set_summaries(v1::SessionOptions::SUMMARIES_AS_KEYS);
     const absl::StatusOr<CompressResult> opened = server_->client().OpenSession(job);
     ASSERT_TRUE(opened.ok()) << opened.status();
     const v1::SessionInfo& info = opened->end.session();
+    EXPECT_EQ(info.policy().scoring().refinement_factor(), 0);  // another method begins anew
     const OutputTensor* tensor = FindTensor(opened->sequence_tensors, v1::TENSOR_KIND_BLOCK_STARTS);
     ASSERT_NE(tensor, nullptr);
     const std::vector<int32_t> starts =
@@ -620,6 +622,87 @@ TEST_F(SessionsTest, RealSampleSelectsTheOraclesTokens) {
   }
 }
 
+// The best tokens of all by their own keys, as the oracle has it.
+std::vector<int32_t> OracleBestTokens(const Sequence& sequence, size_t layer, int64_t open_begin,
+                                      const std::string& query, int64_t num_selected) {
+  const v1::SequenceShape& shape = sequence.shape;
+  ScoreTokensItem score;
+  score.queries =
+      DenseView(query.data(), DType::kBFloat16, 1, shape.num_query_heads(), shape.head_dim());
+  score.keys = DenseView(sequence.keys[layer].data(), DType::kBFloat16, shape.num_tokens(),
+                         shape.num_kv_heads(), shape.head_dim());
+  score.num_tokens = shape.num_tokens();
+  const float scale = 1 / std::sqrt(static_cast<float>(shape.head_dim()));
+  const std::vector<double> scores = oracle::ScoreTokens(score, shape.num_kv_heads(), scale);
+  const std::vector<float> ranks(scores.begin(), scores.end());
+  SelectBlocksItem select;
+  select.block_scores = ranks.data();
+  select.num_blocks = shape.num_tokens();
+  select.num_tokens = shape.num_tokens();
+  select.prefix_end = 4;
+  select.suffix_begin = std::min<int64_t>(shape.num_tokens() - 8, open_begin);
+  select.num_selected = num_selected;
+  return oracle::SelectBlocks(select, shape.num_kv_heads());
+}
+
+// Where blocks propose everything, tokens decide alone; where they propose no more than is read,
+// blocks do; and in between the answer is as good as its candidates.
+TEST_F(SessionsTest, RealSampleRefinesToTheBestTokens) {
+  constexpr int64_t kBudget = 128;
+  for (const char* kind : {"prose", "code", "dialogue"}) {
+    const Sequence sequence = SampleSequence(kind);
+    const auto open = [&](int32_t factor) {
+      CompressJob job = OpenJob(sequence, sequence.tokens());
+      if (factor > 0) job.begin.mutable_policy()->mutable_scoring()->set_refinement_factor(factor);
+      return server_->Open(job);
+    };
+    const v1::SessionInfo exact = open(16);
+    const v1::SessionInfo refined = open(0);
+    const v1::SessionInfo by_blocks = open(1);
+    EXPECT_EQ(refined.policy().scoring().refinement_factor(), 4);
+    EXPECT_EQ(by_blocks.policy().scoring().refinement_factor(), 1);
+    ASSERT_GE(16 * kBudget, sequence.tokens());
+    const auto select = [&](const v1::SessionInfo& session, int64_t budget) {
+      v1::SequenceStep step = StepOf(sequence, session.session_id());
+      step.set_tokens_per_head(budget);
+      return Int32s(server_->Select(step).tokens());
+    };
+    const std::vector<int32_t> all_best = select(exact, kBudget);
+    const std::vector<int32_t> refined_tokens = select(refined, kBudget);
+    const std::vector<int32_t> candidates = select(by_blocks, 4 * kBudget);
+    const std::vector<int32_t> block_tokens = select(by_blocks, kBudget);
+    const std::string queries = StepOf(sequence, "").query_data();
+    std::vector<int32_t> expected;
+    for (size_t l = 0; l < 3; ++l) {
+      const size_t row = queries.size() / 3;
+      const std::vector<int32_t> layer = OracleBestTokens(sequence, l, exact.open_block_begin(),
+                                                          queries.substr(l * row, row), kBudget);
+      expected.insert(expected.end(), layer.begin(), layer.end());
+    }
+    EXPECT_EQ(all_best, expected) << kind;
+    // Of each layer's and head's best tokens, how many are read: more than blocks alone find.
+    const auto found = [&](const std::vector<int32_t>& tokens) {
+      int64_t count = 0;
+      for (size_t set = 0; set < expected.size(); set += kBudget) {
+        for (size_t i = set; i < set + kBudget; ++i) {
+          const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(set);
+          count += std::binary_search(first, first + kBudget, expected[i]) ? 1 : 0;
+        }
+      }
+      return count;
+    };
+    EXPECT_GT(found(refined_tokens), found(block_tokens)) << kind;
+    for (size_t i = 0; i < refined_tokens.size(); ++i) {
+      const auto first =
+          candidates.begin() + static_cast<std::ptrdiff_t>(i / kBudget * (4 * kBudget));
+      EXPECT_TRUE(std::binary_search(first, first + 4 * kBudget, refined_tokens[i]));
+    }
+    for (const v1::SessionInfo& session : {exact, refined, by_blocks}) {
+      server_->Release(session.session_id());
+    }
+  }
+}
+
 // Scores are s_j = exp(scale * S_j) / Z for one query head a group. The last block is one zero key,
 // whose S is 0 in any type, so that every S_j can be read off: it must not be less than the block's
 // largest q.k.
@@ -637,6 +720,7 @@ TEST_F(SessionsTest, BlockScoresBoundTheBlocksDotProducts) {
        {v1::SessionOptions::SUMMARIES_AS_KEYS, v1::SessionOptions::SUMMARIES_FLOAT8_E4M3}) {
     CompressJob job = OpenJob(sequence, kTokens);
     job.begin.mutable_session()->set_summaries(summaries);
+    job.begin.mutable_policy()->mutable_scoring()->set_method(v1::Scoring::METHOD_BLOCK_BOUND);
     v1::Segmentation& segmentation = *job.begin.mutable_policy()->mutable_segmentation();
     segmentation.set_method(v1::Segmentation::METHOD_FIXED);
     segmentation.set_block_size(kBlock);

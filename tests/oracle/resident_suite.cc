@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <utility>
@@ -356,9 +357,10 @@ void ChoosesWhatItMust(Backend& backend, const Kind& kind) {
   }
 }
 
-// Scores of all tokens of a layer by their own keys, as they rest: [groups, T].
-std::vector<double> TokenScores(const ResidentSequence& sequence, const Text& text, int32_t layer,
-                                double& relative_error, DeviceSession& device) {
+// Scores of a layer's candidates, [groups, m], by their own keys as they rest: [groups, m].
+std::vector<double> CandidateScores(const ResidentSequence& sequence, const Text& text,
+                                    int32_t layer, const std::vector<int32_t>& candidates,
+                                    double& relative_error, DeviceSession& device) {
   TensorView keys = sequence.Keys(layer, sequence.num_tokens());
   const std::vector<std::byte> rows = RestingRows(keys, device);
   keys.data = rows.data();
@@ -367,20 +369,21 @@ std::vector<double> TokenScores(const ResidentSequence& sequence, const Text& te
     keys.scales =
         reinterpret_cast<const float*>(rows.data() + keys.num_heads * keys.head_stride_bytes);
   }
+  const int32_t groups = sequence.groups();
   const ScoreTokensItem item = {.queries = text.HostQueries(layer),
                                 .keys = keys,
-                                .tokens = nullptr,
-                                .num_tokens = keys.num_tokens,
+                                .tokens = candidates.data(),
+                                .num_tokens = static_cast<int64_t>(candidates.size()) / groups,
                                 .token_scores = nullptr};
   const auto scale = 1 / std::sqrt(static_cast<float>(kHeadDim));
-  relative_error = SoftmaxError(scale, LargestNorm(item.queries) * LargestNorm(keys) * 1.01,
-                                kHeadDim, keys.num_tokens) +
-                   kNumQueryHeads * kUnit;
-  std::vector<double> scores = ScoreTokens(item, 1, scale);
-  if (sequence.groups() > 1) return scores;
-  const auto num_tokens = static_cast<size_t>(keys.num_tokens);
-  for (size_t i = num_tokens; i < scores.size(); ++i) scores[i % num_tokens] += scores[i];
-  scores.resize(num_tokens);
+  const double dot = LargestNorm(item.queries) * LargestNorm(keys) * 1.01;
+  relative_error = SoftmaxError(scale, dot, kHeadDim, item.num_tokens) + kNumQueryHeads * kUnit;
+  std::vector<double> scores = ScoreTokens(item, groups, scale);
+  if (groups > 1) return scores;
+  for (size_t i = candidates.size(); i < scores.size(); ++i) {
+    scores[i % candidates.size()] += scores[i];
+  }
+  scores.resize(candidates.size());
   return scores;
 }
 
@@ -389,16 +392,17 @@ void ExpectBestOf(const std::vector<int32_t>& candidates, const std::vector<int3
                   const double* scores, double relative_error, const StepBudget& budget) {
   ASSERT_TRUE(std::is_sorted(chosen.begin(), chosen.end(), std::less_equal<>()));
   ASSERT_TRUE(std::includes(candidates.begin(), candidates.end(), chosen.begin(), chosen.end()));
-  double worst_chosen = 1e300;
+  double worst_chosen = std::numeric_limits<double>::infinity();
   double best_other = 0;
-  for (const int32_t t : candidates) {
+  for (size_t j = 0; j < candidates.size(); ++j) {
+    const int32_t t = candidates[j];
     const bool is_chosen = std::binary_search(chosen.begin(), chosen.end(), t);
     if (t < budget.prefix_end || t >= budget.suffix_begin) {
       EXPECT_TRUE(is_chosen) << "token " << t;
     } else if (is_chosen) {
-      worst_chosen = std::min(worst_chosen, scores[t]);
+      worst_chosen = std::min(worst_chosen, scores[j]);
     } else {
-      best_other = std::max(best_other, scores[t]);
+      best_other = std::max(best_other, scores[j]);
     }
   }
   EXPECT_GE(worst_chosen * (1 + 2 * relative_error), best_other);
@@ -429,7 +433,8 @@ void TokensDecideAmongCandidates(Backend& backend, const Kind& kind) {
       for (int32_t layer = 0; layer < kNumLayers; ++layer) {
         if (layer == kDenseLayer) continue;
         double error = 0;
-        const std::vector<double> scores = TokenScores(*sequence, text, layer, error, device);
+        const std::vector<double> scores = CandidateScores(
+            *sequence, text, layer, proposed.tokens[static_cast<size_t>(layer)], error, device);
         const auto group_of = [&](const Selection& from, int32_t group) {
           const std::vector<int32_t>& all = from.tokens[static_cast<size_t>(layer)];
           const auto n = static_cast<ptrdiff_t>(from.budget.num_selected);
@@ -437,7 +442,7 @@ void TokensDecideAmongCandidates(Backend& backend, const Kind& kind) {
         };
         for (int32_t group = 0; group < sequence->groups(); ++group) {
           ExpectBestOf(group_of(proposed, group), group_of(selection, group),
-                       scores.data() + group * kNumTokens, error, selection.budget);
+                       scores.data() + group * num_candidates, error, selection.budget);
           if (testing::Test::HasFatalFailure()) return;
         }
       }

@@ -104,6 +104,7 @@ TEST(CanonicalPolicyTest, TellsAllFieldsApart) {
       },
       [](Policy& p) { p.scoring.lse_base_2 = true; },
       [](Policy& p) { p.scoring.softmax_scale = 0.125; },
+      [](Policy& p) { p.scoring.refinement_factor = 4; },
       [](Policy& p) { p.budget.target = BudgetPolicy::Target::kTokens; },
       [](Policy& p) { p.budget.kept_ratio = 0.3; },
       [](Policy& p) { p.budget.tokens_per_head = 1; },

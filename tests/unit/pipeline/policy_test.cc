@@ -106,6 +106,18 @@ TEST(ValidatePolicyTest, RefusesEachBrokenFieldByName) {
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 0; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 4; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 65; }},
+      {"policy.scoring.refinement_factor", [](auto& p) { p.scoring.refinement_factor = -1; }},
+      {"policy.scoring.refinement_factor",
+       [](auto& p) {
+         p = FindPreset("dynsplit_index").value()->policy;
+         p.scoring.refinement_factor = 17;
+       }},
+      {"policy.scoring.refinement_factor", [](auto& p) { p.scoring.refinement_factor = 2; }},
+      {"policy.scoring.refinement_factor",
+       [](auto& p) {
+         p = FindPreset("dynsplit_index").value()->policy;
+         p.transform = Transform::kEvict;
+       }},
       {"policy.scoring.softmax_scale", [](auto& p) { p.scoring.softmax_scale = -1; }},
       {"policy.scoring.softmax_scale", [](auto& p) { p.scoring.softmax_scale = kNan; }},
       {"policy.scoring.softmax_scale", [](auto& p) { p.scoring.softmax_scale = kInfinity; }},
