@@ -41,8 +41,8 @@ mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
 cp tests/gpu.sh tests/service_parity.sh tests/mps.sh "$bundle/tests/"
 cp tests/bench/*.sh tests/bench/*.py "$bundle/tests/bench/"
 mkdir -p "$bundle/python"
-"${PYTHON:-python3}" client/python/generate_stubs.py "$bundle/python"
 cp -r client/python/dynsplit "$bundle/python/"
+"${PYTHON:-python3}" client/python/generate_stubs.py "$bundle/python"  # over what an older build left in the sources
 find "$bundle/python" -name __pycache__ -prune -exec rm -rf {} +
 cp client/python/tests/cuda_road.py "$bundle/tests/"
 git describe --always --dirty >"$bundle/REVISION" 2>/dev/null || rm -f "$bundle/REVISION"
