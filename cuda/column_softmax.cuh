@@ -18,11 +18,11 @@ struct ColumnArgs {
   bool aligned;         // chunks of items and items_low
   int window_padded;    // rows a query head
   int rows;             // rows a KV head
-  float scale_log2;     // softmax_scale * log2(e)
+  float scale_log2;     // softmax_scale * log2(e); times power in the column pass
   const void* queries;  // packed [Hkv, rows, depth_padded]
   float2* partials;     // [Hkv, rows, num_partials]: maximum and sum, base 2
   int num_partials;
-  float* lse_log2;  // [Hkv, rows]; +infinity in padding rows
+  float* lse_log2;  // [Hkv, rows], times power; +infinity in padding rows
 };
 
 // Last item that row `r` sees.
@@ -96,7 +96,7 @@ static __global__ void __launch_bounds__(kJoinThreads) JoinRowsKernel(ColumnArgs
     total.MergeLanes(kWarp);
     lse_log2 = total.maximum + log2f(total.sum);
   }
-  if (lane == 0) args.lse_log2[row] = lse_log2;
+  if (lane == 0) args.lse_log2[row] = lse_log2 * args.op.power;
 }
 
 // Scratch of a run; the packed queries first.

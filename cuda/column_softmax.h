@@ -6,8 +6,10 @@
 //   logit[i,a,n] = scale * (q . items[n])                      without items_low
 //                = scale * sum_c max(q_c items[n]_c, q_c items_low[n]_c), items >= items_low
 //   p[i,a,n]     = exp(logit) / sum over visible n of length_n * exp(logit)
-//   out[.., n]   = factor * sum over i (and the group's heads, unless per_query_head) of p[i,a,n]
+//   out[.., n]   = factor * sum over i (and the group's heads, unless per_query_head) of
+//                  p[i,a,n]^power
 //
+// A power is one of the exponent: twice the logit less twice the log-sum-exp, at no cost.
 // The second form is a product of twice the channels: max(q,0) . items + min(q,0) . items_low.
 //
 // Two passes: the rows' log-sum-exp, then column sums. Logits are computed twice and never stored.
@@ -33,6 +35,7 @@ struct ColumnSoftmax {
   bool per_query_head = false;
   float softmax_scale = 0;
   const float* lse = nullptr;  // [W, Hq] natural log of the denominators; null = computed
+  float power = 1;  // of the weights that are summed
   float factor = 1;
   float* out = nullptr;  // [Hkv, N], or [Hq, N] per query head
 };

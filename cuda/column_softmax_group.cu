@@ -35,7 +35,7 @@ struct GroupArgs {
   ColumnShape shape;
   int rows;          // of a KV head: group * window
   int first_row;     // pass 2: rows [first_row, first_row + kBlockRows) are added
-  float scale_log2;  // softmax_scale * log2(e), > 0
+  float scale_log2;  // softmax_scale * log2(e), > 0; times power in pass 2
   float2* partials;  // [Hkv, rows, splits]: maximum and sum, base 2; null where lse is supplied
   int splits;
 };
@@ -215,7 +215,8 @@ __device__ int OffsetPlace(int row) {
   return row / 16 * 16 + row % 8 / 2 * 4 + row % 16 / 8 * 2 + row % 2;
 }
 
-// Minus the log-sum-exp of the rows from args.first_row on, base 2; -infinity beyond the rows.
+// Minus the log-sum-exp of the rows from args.first_row on, base 2, times power; -infinity beyond
+// the rows.
 __device__ void FillOffsets(const GroupArgs& args, int h, int num_rows, float* offsets) {
   for (int place = static_cast<int>(threadIdx.x); place < num_rows; place += kThreads) {
     const int row = args.first_row + place;
@@ -231,7 +232,7 @@ __device__ void FillOffsets(const GroupArgs& args, int h, int num_rows, float* o
       for (int part = 0; part < args.splits; ++part) total.Merge({parts[part].x, parts[part].y});
       lse = total.maximum + log2f(total.sum);
     }
-    offsets[OffsetPlace(place)] = -lse;
+    offsets[OffsetPlace(place)] = -lse * args.op.power;
   }
 }
 
@@ -379,6 +380,7 @@ absl::Status Run(GroupArgs args, const Launch& launch) {
     absl::Status status = SumRows<T, kSteps>(args, launch.stream);
     if (!status.ok()) return status;
   }
+  args.scale_log2 *= args.op.power;
   for (; args.first_row < args.rows; args.first_row += kBlockRows) {
     const int rows = args.rows - args.first_row;
     absl::Status status =

@@ -295,12 +295,13 @@ absl::Status SumColumns(const ColumnArgs& args, const MmaConfig& config, cudaStr
 }
 
 template <typename T, int KS, int MT>
-absl::Status Run(const ColumnArgs& args, const MmaConfig& config, cudaStream_t stream) {
+absl::Status Run(ColumnArgs args, const MmaConfig& config, cudaStream_t stream) {
   absl::Status status = PackQueries<T>(args, config.steps * 32, stream);
   if (status.ok() && args.op.lse == nullptr) {
     status.Update(SumRows<T, KS, MT>(args, config, stream));
   }
   if (status.ok()) status.Update(JoinRows(args, stream));
+  args.scale_log2 *= args.op.power;
   if (status.ok()) status.Update(SumColumns<T, KS, MT>(args, config, stream));
   return status;
 }

@@ -182,6 +182,7 @@ absl::Status RunColumnSoftmaxSimt(const ColumnSoftmax& op, const Launch& launch)
   absl::Status status = PackQueries<float>(args, config.depth_padded, launch.stream);
   if (status.ok() && op.lse == nullptr) status.Update(SumRows(args, config, launch.stream));
   if (status.ok()) status.Update(JoinRows(args, launch.stream));
+  args.scale_log2 *= op.power;
   if (status.ok()) status.Update(SumColumns(args, config, launch.stream));
   return status;
 }

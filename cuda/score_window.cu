@@ -2,7 +2,7 @@
 //
 // Window scores: column means of the window's attention (column_softmax.h), then pooling along the
 // tokens. Average pooling commutes with the mean over the group's heads; max pooling does not and
-// takes the means of each query head.
+// takes the means of each query head. Roots of mean squares are over the group at once.
 #include <algorithm>
 #include <cmath>
 
@@ -23,6 +23,7 @@ struct PoolArgs {
   int64_t num_tokens;
   int64_t num_columns;  // T - W
   int kernel;
+  bool root;  // of the means, before they are pooled
   float factor;
   float* scores;  // [Hkv, T]
 };
@@ -30,14 +31,18 @@ struct PoolArgs {
 constexpr int kTileTokens = 1024;  // of a thread block
 constexpr int kMostHalo = 64;      // neighbours on a side that shared memory has room for
 
-// Means of tokens around `t` pooled, in the order of tokens; `means` begins at token `base`.
-template <bool kMax>
-__device__ float Pooled(const PoolArgs& args, const float* means, int64_t base, int64_t t) {
-  const int64_t begin = max(t - args.kernel / 2, int64_t{0}) - base;
-  const int64_t end = min(t + args.kernel / 2, args.num_columns - 1) - base;
+__device__ float MeanAt(const PoolArgs& args, const float* means, int64_t t) {
+  return args.root ? sqrtf(means[t]) : means[t];
+}
+
+// Means of tokens around `t` pooled, in the order of tokens. at(u): the mean of token u.
+template <bool kMax, typename At>
+__device__ float Pooled(const PoolArgs& args, At at, int64_t t) {
+  const int64_t begin = max(t - args.kernel / 2, int64_t{0});
+  const int64_t end = min(t + args.kernel / 2, args.num_columns - 1);
   float pooled = kMax ? -INFINITY : 0.0F;
   for (int64_t u = begin; u <= end; ++u) {
-    pooled = kMax ? fmaxf(pooled, means[u]) : pooled + means[u];
+    pooled = kMax ? fmaxf(pooled, at(u)) : pooled + at(u);
   }
   return pooled;
 }
@@ -62,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) PoolKernel(PoolArgs args) {
       __syncthreads();
       for (int i = thread; i < kTileTokens + 2 * halo; i += kThreads) {
         const int64_t t = first - halo + i;
-        if (t >= 0 && t < args.num_columns) tile[i] = means[t];
+        if (t >= 0 && t < args.num_columns) tile[i] = MeanAt(args, means, t);
       }
       __syncthreads();
     }
@@ -70,8 +75,9 @@ __global__ void __launch_bounds__(kThreads) PoolKernel(PoolArgs args) {
     for (int i = 0; i < kTokens; ++i) {
       const int64_t t = first + i * kThreads + thread;
       if (t >= args.num_columns) break;
-      totals[i] +=
-          shared ? Pooled<kMax>(args, tile, first - halo, t) : Pooled<kMax>(args, means, 0, t);
+      const auto near = [&](int64_t u) { return tile[u - first + halo]; };
+      const auto far = [&](int64_t u) { return MeanAt(args, means, u); };
+      totals[i] += shared ? Pooled<kMax>(args, near, t) : Pooled<kMax>(args, far, t);
     }
   }
 #pragma unroll
@@ -99,7 +105,9 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Launch& launch) 
   const int64_t num_tokens = params.keys.num_tokens;
   const int64_t window = params.queries.num_tokens;
   const bool is_max = params.pooling == ScoringPolicy::Pooling::kMax && params.pooling_kernel > 1;
-  const int rows_per_head = is_max ? group : 1;
+  const bool root = params.reduction == ScoringPolicy::QueryReduction::kRootMeanSquare;
+  const bool per_query_head = is_max && !root;
+  const int rows_per_head = per_query_head ? group : 1;
   absl::StatusOr<Buffer> means = launch.Scratch(num_tokens * params.keys.num_heads * rows_per_head *
                                                 static_cast<int64_t>(sizeof(float)));
   if (!means.ok()) return means.status();
@@ -108,9 +116,10 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Launch& launch) 
   op.items = params.keys;
   op.causal = true;
   op.num_columns = num_tokens - window;
-  op.per_query_head = is_max;
+  op.per_query_head = per_query_head;
   op.softmax_scale = params.softmax_scale;
   op.lse = params.lse;
+  op.power = root ? 2.0F : 1.0F;
   op.factor = 1.0F / static_cast<float>(window * group);
   op.out = means->as<float>();
   absl::Status status = RunColumnSoftmax(op, launch);
@@ -120,6 +129,7 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Launch& launch) 
                .num_tokens = num_tokens,
                .num_columns = op.num_columns,
                .kernel = params.pooling_kernel,
+               .root = root,
                .factor = is_max ? 1.0F : 1.0F / static_cast<float>(params.pooling_kernel),
                .scores = params.scores},
               is_max, params.keys.num_heads, launch.stream);

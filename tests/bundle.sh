@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Packs what a GPU host needs into BUNDLE_DIR/bundle.tar.gz: binaries, the engine library, shared
-# libraries (all but glibc's, libstdc++ and libgcc), tests/gpu.sh and the sample data. On the host:
+# libraries (all but glibc's, libstdc++ and libgcc), the Python client, tests/gpu.sh and the sample data. On the host:
 # unpack it, run tests/gpu.sh. LEAVE_OUT="bench_cpu" leaves benchmarks out (that one brings 11 MB of OpenBLAS).
 #   usage: tests/bundle.sh BUILD_DIR [BUNDLE_DIR]     BUNDLE_DIR defaults to build/bundle
 set -euo pipefail
@@ -40,6 +40,11 @@ done
 mkdir -p "$bundle/tests/judges" "$bundle/tests/bench"
 cp tests/gpu.sh tests/service_parity.sh tests/mps.sh "$bundle/tests/"
 cp tests/bench/*.sh tests/bench/*.py "$bundle/tests/bench/"
+mkdir -p "$bundle/python"
+"${PYTHON:-python3}" client/python/generate_stubs.py "$bundle/python"
+cp -r client/python/dynsplit "$bundle/python/"
+find "$bundle/python" -name __pycache__ -prune -exec rm -rf {} +
+cp client/python/tests/cuda_road.py "$bundle/tests/"
 git describe --always --dirty >"$bundle/REVISION" 2>/dev/null || rm -f "$bundle/REVISION"
 cp tests/judges/compare_results.py tests/judges/compare_sessions.py "$bundle/tests/judges/"
 [ -d tests/data/sample ] && cp -r tests/data/sample "$bundle/tests/data/"

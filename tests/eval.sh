@@ -7,11 +7,19 @@
 #   tests/eval.sh pack DIR               on the build machine: what the bundle lacks, into DIR
 #
 # Starts a dynsplitd of its own and runs tests/eval/evaluate.py with the size (small) and options, then
-# report.py. Results go to ${OUT:-tests/eval/results}; a folder of an earlier run there is carried on:
-# RESUME=folder copies that run's cases first. DEVICE=cuda|cpu (cuda where bin/dynsplitd is).
+# report.py. Results go to ${OUT:-tests/eval/results}; a folder of an earlier run there is carried on.
+# RESUME=path, a folder of an earlier run or the cases.tar.gz of one, brings that run's cases and measured
+# weights first. PACK=1 is for a run that goes on elsewhere, or a host that gives back few files: it works in a
+# folder of its own and leaves in OUT only cases.tar.gz, results.tar.gz (all else), report.md and summary.csv.
+#
+# DEVICE=cuda|cpu (cuda where bin/dynsplitd is). On cuda the engine library is needed (ENGINE, or
+# lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
+# service, tests/mps.sh, is not to be had) ask SERVERS=n instances of dynsplitd (2; 1), which together may take
+# SERVER_MEMORY GiB (26) of the device.
+# On a CPU that others use too, OMP_NUM_THREADS=1 keeps torch from waiting for threads that do not run.
 # DYNSPLITD, PYTHON, DATA (root of what pack wrote) and WEIGHTS as in tests/decode.sh, whose pack this
 # one extends by the texts and kvpress. Python: as for tests/decode.sh, and tokenizers; for kvpress also
-# transformers.
+# transformers. Exit status 3: some method failed; the table at the end says which.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -21,7 +29,7 @@ if [ "${1:-}" = pack ]; then
   target=${2:?usage: tests/eval.sh pack DIR}
   tests/decode.sh pack "$target"
   cp -r tests/eval/accuracy "$target/tests/eval/"
-  cp tests/eval.sh "$target/tests/"
+  cp tests/eval.sh tests/mps.sh "$target/tests/"
   PYTHONPATH=client/python:tests/eval "$python" - "$target/data" <<'PYTHON'
 import shutil, sys
 from pathlib import Path
@@ -30,8 +38,8 @@ from dynsplit.capture import sources
 for kind in corpus.KINDS:
     for split in corpus.SPLITS:
         corpus.load(kind, split, sources.cache_dir())
-        name = f"eval_{kind}_{split}.txt"
-        shutil.copy(sources.cache_dir() / name, Path(sys.argv[1]) / name)
+        for path in corpus.files(kind, split, sources.cache_dir()):
+            shutil.copy(path, Path(sys.argv[1]) / path.name)
 PYTHON
   site=$(mktemp -d)
   "$python" -m pip install -q --disable-pip-version-check --no-deps --target "$site" kvpress==0.5.5
@@ -52,10 +60,21 @@ else
   server_binary=${DYNSPLITD:-build/dev/server/dynsplitd} device=${DEVICE:-cpu} cache=
 fi
 mkdir -p "$out"
-[ -n "${RESUME:-}" ] && cp -rn "$RESUME"/. "$out"/
+out=$(realpath "$out")
 work=$(mktemp -d)
-server=
-trap '[ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server" 2>/dev/null; rm -rf "$work"' EXIT
+packed=$out
+[ "${PACK:-0}" = 1 ] && out=$work/out && mkdir "$out"
+if [ -f "${RESUME:-}" ]; then
+  tar -xzf "$RESUME" -C "$out" --skip-old-files || exit 1
+elif [ -n "${RESUME:-}" ]; then
+  mkdir -p "$out/cases"
+  cp -n "$RESUME"/cases/*.json "$out/cases/" 2>/dev/null
+  cp -n "$RESUME"/weights_*.pb "$out/" 2>/dev/null
+fi
+running=()
+# shellcheck source=tests/mps.sh
+. tests/mps.sh
+trap 'kill "${running[@]}" 2>/dev/null && wait "${running[@]}" 2>/dev/null; mps_stop; rm -rf "$work"' EXIT
 
 options=(--out "$out" --size "$size" --device "$device")
 if [ -n "$cache" ]; then
@@ -72,20 +91,47 @@ print(f"{s.MODEL_ARCHIVE.sha256[:12]}-{s.MODEL_MEMBER.rpartition(chr(47))[2]}")'
   for library in "$PWD"/lib/libisal.so.2*; do ln -s "$library" "$work/lib/libisal.so.2"; done
 fi
 
-limits=(--regions=shm)
-[ "$device" = cuda ] && limits=(--regions=all --device-memory=24GiB --pinned-memory=16GiB)
-LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 \
-  --metrics-listen=127.0.0.1:0 --unix-socket="$work/server.sock" "${limits[@]}" \
-  --default-profile="${PROFILE:-smollm2}" >"$out/dynsplitd.log" 2>&1 &
-server=$!
-for _ in $(seq 200); do
-  [ -S "$work/server.sock" ] && break
-  kill -0 "$server" 2>/dev/null || break
-  sleep 0.1
+limits=(--regions=shm) servers=${SERVERS:-1}
+if [ "$device" = cuda ]; then
+  engine=${ENGINE:-$PWD/lib/libdynsplit_engine.so}
+  [ -f "$engine" ] || { echo "eval.sh: no $engine (ENGINE=path)"; exit 1; }
+  mps_start "$work"
+  workers=${WORKERS:-$( ((mps_running)) && echo 8 || echo 1)}
+  servers=${SERVERS:-$( ((mps_running)) && echo 2 || echo 1)}
+  memory=${SERVER_MEMORY:-26}
+  limits=(--regions=all --device-memory="$((memory * 1024 / servers))MiB" --pinned-memory=8GiB --workers=8 --max-queue=1024)
+  options+=(--engine "$engine" --dtype bfloat16 --workers "$workers" --calls 4 --server-memory "$memory")
+  echo "engine and service share the GPU $( ((mps_running)) && echo 'through MPS' || echo 'in time slices'), $workers workers"
+fi
+targets=
+for ((number = 0; number < servers; ++number)); do
+  socket=$work/server$number.sock
+  LD_LIBRARY_PATH="$PWD/lib" "$server_binary" --backend="$device" --listen=127.0.0.1:0 --metrics-listen=127.0.0.1:0 \
+    --unix-socket="$socket" "${limits[@]}" --default-profile="${PROFILE:-smollm2_table7}" --log-level=warning \
+    >"$out/dynsplitd$number.log" 2>&1 &
+  running+=($!)
+  targets+=${targets:+,}unix:$socket
+  for _ in $(seq 200); do
+    [ -S "$socket" ] && break
+    kill -0 "${running[-1]}" 2>/dev/null || break
+    sleep 0.1
+  done
+  [ -S "$socket" ] || { echo "eval.sh: dynsplitd does not listen:"; tail -n 5 "$out/dynsplitd$number.log"; exit 1; }
 done
-[ -S "$work/server.sock" ] || { echo "eval.sh: dynsplitd does not listen:"; tail -n 5 "$out/dynsplitd.log"; exit 1; }
 
 evaluation=$([ -n "$cache" ] && echo "$data/tests/eval" || echo tests/eval)
-LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}" \
-  "$python" "$evaluation/evaluate.py" --target "unix:$work/server.sock" "${options[@]}" "$@" || exit
-"$python" "$evaluation/report.py" "$out"
+export LD_LIBRARY_PATH="$work/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+"$python" "$evaluation/evaluate.py" --target "$targets" "${options[@]}" "$@"
+status=$?
+if [ $status -eq 0 ] || [ $status -eq 3 ]; then
+  "$python" "$evaluation/report.py" "$out" || status=1
+else
+  tail -n 5 "$out"/dynsplitd*.log
+fi
+if [ "$out" != "$packed" ]; then
+  (cd "$out" && find cases weights_*.pb run.json -type f -print0 2>/dev/null |
+    tar -czf "$packed/cases.tar.gz" --null -T -) || status=1
+  tar -czf "$packed/results.tar.gz" -C "$out" --exclude=./cases . || status=1
+  cp "$out/report.md" "$out/summary.csv" "$packed/" 2>/dev/null
+fi
+exit $status

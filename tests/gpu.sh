@@ -7,9 +7,11 @@
 # `STEPS="tests bench"` runs a part.
 set -u
 cd "$(dirname "$0")/.." || exit 1
-export LD_LIBRARY_PATH="$PWD/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+inherited=${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export LD_LIBRARY_PATH="$PWD/lib$inherited"
 out=${OUT:-.}
-steps=${STEPS:-tests service memcheck racecheck initcheck synccheck bench}
+steps=${STEPS:-tests service python memcheck racecheck initcheck synccheck bench}
+python=${PYTHON:-python3}
 mkdir -p "$out"
 
 # Every kernel in few, small shapes: all element types, layouts, encodings and both score paths.
@@ -45,6 +47,12 @@ race="$race:-*SelectAdversarial*"
 
 step tests 300 bin/gpu_tests --gtest_brief=1
 step service 120 tests/service_parity.sh bin/dynsplitd bin/dynsplit cuda
+# Python sees only libisal of the bundle's libraries (CRC32C): the others would shadow its own.
+isal=$(mktemp -d)
+trap 'rm -rf "$isal"' EXIT
+for library in "$PWD"/lib/libisal.so.2*; do ln -sf "$library" "$isal/libisal.so.2"; done
+step python 400 env LD_LIBRARY_PATH="$isal$inherited" PYTHONPATH="$PWD/python" DYNSPLITD=bin/dynsplitd \
+  DYNSPLITD_LIBRARIES="$LD_LIBRARY_PATH" DYNSPLIT_ENGINE=lib/libdynsplit_engine.so "$python" tests/cuda_road.py
 for tool in memcheck initcheck synccheck; do sanitize "$tool" 150 "$filter"; done
 sanitize racecheck 280 "$race"
 # BENCHES="layer decode" runs a part of the benchmarks, PEER_WHEELS names kvpress' folder (tests/bench/run.sh).
@@ -54,6 +62,7 @@ if [ -f "$out/tests.log" ]; then grep -E '^\[  FAILED  \]' "$out/tests.log" | so
 for name in "${names[@]}"; do
   case $name in
     bench) printf '== %s\n' "$name"; cut -c 1-170 "$out/$name.log" ;;
+    python) grep -E ' s  (ok|FAILED)|passed in' "$out/python.log" | sed -E 's/  +/ /g; s/^/python: /' | cut -c 1-150 ;;
     service) tail -n 8 "$out/service.log" | cut -c 1-150 ;;
     *) tail -n 2 "$out/$name.log" | cut -c 1-150 | sed "s/^/$name: /" ;;
   esac

@@ -9,6 +9,7 @@ namespace dynsplit::cli {
 
 void AddCompress(CLI::App& app, int& exit_code);
 void AddPlan(CLI::App& app, int& exit_code);
+void AddAdvise(CLI::App& app, int& exit_code);
 void AddInspect(CLI::App& app, int& exit_code);
 void AddBench(CLI::App& app, int& exit_code);
 void AddServeCheck(CLI::App& app, int& exit_code);

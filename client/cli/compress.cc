@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cmath>
 #include <filesystem>
 #include <iostream>
 #include <memory>
@@ -70,6 +71,10 @@ void PrintHuman(const Flags& flags, const Capture& capture, const CompressResult
               << HumanBytes(static_cast<double>(out)) << "  ("
               << Percent(static_cast<double>(out) / static_cast<double>(end.bytes_in()))
               << (flags.shadow ? ", shadow: originals returned)\n" : ")\n");
+  }
+  if (end.has_receipt() && !std::isnan(end.receipt().expected_divergence())) {
+    std::cout << "loss     some " << Decimal(end.receipt().expected_divergence(), 3)
+              << " nats a token expected\n";
   }
   std::cout << "plan     " << end.plan().hash() << "\n";
   if (!end.representation_salt().empty()) {

@@ -46,6 +46,11 @@ void AddScoring(CLI::App& app, v1::Scoring& scoring) {
                                        [&scoring](v1::Scoring::BlockReduction reduction) {
                                          scoring.set_block_reduction(reduction);
                                        });
+  AddEnum<v1::Scoring::QueryReduction>(app, "--query-reduction",
+                                       "Attention of the window's queries to token score",
+                                       [&scoring](v1::Scoring::QueryReduction reduction) {
+                                         scoring.set_query_reduction(reduction);
+                                       });
   AddNumber<double>(app, "--softmax-scale", "Multiplies q.k; default 1/sqrt(head_dim)",
                     [&scoring](double scale) { scoring.set_softmax_scale(scale); });
   AddNumber<int32_t>(app, "--refinement-factor",
@@ -133,6 +138,9 @@ void AddQualityFloor(CLI::App& app, v1::QualityFloor& floor) {
                     [&floor](double mass) { floor.set_min_retained_attention_mass(mass); });
   AddNumber<double>(app, "--max-error", "Quality floor: largest relative error of outputs",
                     [&floor](double error) { floor.set_max_output_relative_error(error); });
+  AddNumber<double>(app, "--max-divergence",
+                    "Quality floor: largest expected divergence, nats a token",
+                    [&floor](double nats) { floor.set_max_expected_divergence(nats); });
   AddNumber<double>(app, "--max-kept-ratio", "Refuse rather than keep more than this share",
                     [&floor](double ratio) { floor.set_max_kept_ratio(ratio); });
 }

@@ -25,6 +25,7 @@ int Main(int argc, char** argv) {
   AddSession(app, exit_code);
   AddSessions(app, exit_code);
   AddInspect(app, exit_code);
+  AddAdvise(app, exit_code);
   AddBench(app, exit_code);
   AddServeCheck(app, exit_code);
   AddCalibrate(app, exit_code);

@@ -99,7 +99,8 @@ class Client {
   absl::StatusOr<v1::PutDelimiterProfileResponse> PutDelimiterProfile(
       const v1::DelimiterProfile& profile, bool replace);
 
-  // With request.session: what such a session will weigh, bytes.
+  // Whether compressing between prefill and decode pays, and how; with request.session: what such a
+  // session will weigh, bytes.
   absl::StatusOr<v1::AdviseResponse> Advise(const v1::AdviseRequest& request);
 
   // The Sessions service; see sessions.proto for what each needs, returns and refuses. The three

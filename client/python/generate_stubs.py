@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Generates the wire code of `dynsplit.v1` with protoc and its gRPC plugin.
+"""Generates the wire code of `dynsplit.v1`.
 
     generate_stubs.py [OUT]     OUT: folder of the package, by default the one beside this file
 
 Writes OUT/dynsplit/v1/*_pb2.py with their types (*_pb2.pyi), *_pb2_grpc.py and error_details.binpb
 (a descriptor set of google.rpc). The build of the package runs it (setup.py); run it by hand where
 the sources are used in place. Needs the programs protoc (3.20 or later) and grpc_python_plugin
-(Debian: protobuf-compiler, protobuf-compiler-grpc), and no Python package.
+(Debian: protobuf-compiler, protobuf-compiler-grpc), or the Python package grpcio-tools.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -21,21 +22,29 @@ _HERE = Path(__file__).resolve().parent
 _PROTO_ROOT = _HERE.parent.parent / "proto"
 
 
-def _program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
+def has_programs() -> bool:
+    """Whether the compiler and its plugin are on PATH."""
+    return bool(shutil.which("protoc") and shutil.which("grpc_python_plugin"))
+
+
+def _compiler() -> list[str]:
+    """Command line of the compiler, which knows --grpc_python_out."""
+    if has_programs():
+        plugin = shutil.which("grpc_python_plugin")
+        return ["protoc", f"--plugin=protoc-gen-grpc_python={plugin}"]
+    if importlib.util.find_spec("grpc_tools") is None:
         raise FileNotFoundError(
-            f"{name} is not on PATH (Debian: apt-get install protobuf-compiler "
-            "protobuf-compiler-grpc)"
+            "neither protoc and grpc_python_plugin on PATH (Debian: apt-get install "
+            "protobuf-compiler protobuf-compiler-grpc) nor grpcio-tools (pip install grpcio-tools)"
         )
-    return path
+    return [sys.executable, "-m", "grpc_tools.protoc"]
 
 
 def generate(out: Path) -> None:
     """Generates into `out`/dynsplit/v1.
 
     Raises:
-        FileNotFoundError: a program or the .proto files are missing.
+        FileNotFoundError: the compiler or the .proto files are missing.
         subprocess.CalledProcessError: protoc refused its input.
     """
     protos = sorted((_PROTO_ROOT / "dynsplit" / "v1").glob("*.proto"))
@@ -43,12 +52,11 @@ def generate(out: Path) -> None:
         raise FileNotFoundError(f"no .proto files in {_PROTO_ROOT / 'dynsplit' / 'v1'}")
     target = out / "dynsplit" / "v1"
     target.mkdir(parents=True, exist_ok=True)
-    protoc = _program("protoc")
+    protoc = _compiler()
     subprocess.run(
         [
-            protoc,
+            *protoc,
             f"-I{_PROTO_ROOT}",
-            f"--plugin=protoc-gen-grpc_python={_program('grpc_python_plugin')}",
             f"--python_out={out}",
             f"--pyi_out={out}",
             f"--grpc_python_out={out}",
@@ -63,7 +71,7 @@ def generate(out: Path) -> None:
     # one name cannot both be registered.
     subprocess.run(
         [
-            protoc,
+            *protoc,
             f"-I{_PROTO_ROOT}",
             "--include_imports",
             f"--descriptor_set_out={target / 'error_details.binpb'}",

@@ -68,6 +68,9 @@ class Means {
 
   absl::Status RunOnePass();
   absl::Status RunBatches();
+  void AddTo(float* out, const LogitTile& tile, const float* weights) const {
+    p_.squares ? AddRowSquares(tile, weights, out) : AddRowSums(tile, weights, out);
+  }
   void ExponentiateTile(int64_t first, int64_t last, int64_t tile, int slot);
   void FinishBlock(int64_t index);
   void AddTile(int64_t set, int64_t first, int64_t last, int64_t tile);
@@ -110,7 +113,7 @@ absl::Status Means::RunOnePass() {
       std::fill(weights, weights + block.num_rows, p_.row_weight);
       const LogitTile logit_tile = Logits(block, tile, SlotKeys(slot), values);
       Exponentiate(logit_tile, reference.data() + b * columns_, nullptr, unused);
-      AddRowSums(logit_tile, weights, out);
+      AddTo(out, logit_tile, weights);
     }
   });
   return absl::OkStatus();
@@ -212,8 +215,8 @@ void Means::AddTile(int64_t set, int64_t first, int64_t last, int64_t tile) {
     const int64_t in_batch = b - batch_begin_;
     float* values =
         exponentials_.as<float>() + in_batch * p_.num_keys * columns_ + begin * block.columns;
-    AddRowSums(Tile(block, tile, values),
-               max_.as<float>() + (in_batch * num_tiles_ + tile) * columns_, out);
+    AddTo(out, Tile(block, tile, values),
+          max_.as<float>() + (in_batch * num_tiles_ + tile) * columns_);
   }
 }
 

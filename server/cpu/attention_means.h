@@ -24,8 +24,9 @@ struct AttentionMeansParams {
   const float* key_weights = nullptr;  // [num_keys] multiplicity in the denominator; null = 1
   // Log-sum-exp of row (set, row); null = computed.
   const absl::FunctionRef<float(int64_t set, int64_t row)>* lse = nullptr;
-  float row_weight = 1;   // factor of every sum
-  float* sums = nullptr;  // out [num_sets, num_keys]: row_weight * sum over rows of softmax
+  float row_weight = 1;   // factor of every softmax
+  bool squares = false;   // add squares of row_weight * softmax instead
+  float* sums = nullptr;  // out [num_sets, num_keys]: sum over rows of row_weight * softmax
 };
 absl::Status AttentionMeans(const AttentionMeansParams& params, const Workspace& workspace);
 

@@ -195,17 +195,36 @@ void AddColumnSumsFrom(const LogitTile& tile, const int32_t* floors, float* sum)
   }
 }
 
-void AddRowSums(const LogitTile& tile, const float* weights, float* out) {
+// add(value, weight, total) for the values of a row.
+template <typename Add>
+void AddRows(const LogitTile& tile, const float* weights, Add add, float* out) {
   const Floats d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   for (int64_t r = 0; r < tile.rows; ++r) {
     const float* row = tile.values + r * tile.columns;
     VFloat total = hn::Zero(d);
     for (int64_t column = 0; column < tile.columns; column += lanes) {
-      total = hn::MulAdd(hn::LoadU(d, row + column), hn::LoadU(d, weights + column), total);
+      total = add(hn::LoadU(d, row + column), hn::LoadU(d, weights + column), total);
     }
     out[r] += hn::GetLane(hn::SumOfLanes(d, total));
   }
+}
+
+void AddRowSums(const LogitTile& tile, const float* weights, float* out) {
+  AddRows(
+      tile, weights,
+      [](VFloat value, VFloat weight, VFloat total) { return hn::MulAdd(value, weight, total); },
+      out);
+}
+
+void AddRowSquares(const LogitTile& tile, const float* weights, float* out) {
+  AddRows(
+      tile, weights,
+      [](VFloat value, VFloat weight, VFloat total) {
+        const VFloat product = hn::Mul(value, weight);
+        return hn::MulAdd(product, product, total);
+      },
+      out);
 }
 
 void ExpDifference(const float* from, const float* to, int64_t columns, float* out) {
@@ -241,6 +260,7 @@ HWY_EXPORT(Exponentiate);
 HWY_EXPORT(AddColumnSums);
 HWY_EXPORT(AddColumnSumsFrom);
 HWY_EXPORT(AddRowSums);
+HWY_EXPORT(AddRowSquares);
 HWY_EXPORT(ExpDifference);
 HWY_EXPORT(ScaleColumns);
 
@@ -262,6 +282,10 @@ void AddColumnSumsFrom(const LogitTile& tile, const int32_t* floors, float* sum)
 
 void AddRowSums(const LogitTile& tile, const float* weights, float* out) {
   HWY_DYNAMIC_DISPATCH(AddRowSums)(tile, weights, out);
+}
+
+void AddRowSquares(const LogitTile& tile, const float* weights, float* out) {
+  HWY_DYNAMIC_DISPATCH(AddRowSquares)(tile, weights, out);
 }
 
 void ExpDifference(const float* from, const float* to, int64_t columns, float* out) {

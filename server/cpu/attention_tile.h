@@ -51,6 +51,8 @@ void AddColumnSums(const LogitTile& tile, const float* weights, float* sum);
 void AddColumnSumsFrom(const LogitTile& tile, const int32_t* floors, float* sum);
 // out[r] += sum over j of values[r][j] * weights[j].
 void AddRowSums(const LogitTile& tile, const float* weights, float* out);
+// out[r] += sum over j of (values[r][j] * weights[j])^2.
+void AddRowSquares(const LogitTile& tile, const float* weights, float* out);
 
 // out[j] = exp(from[j] - to[j]); 0 where from is -infinity.
 void ExpDifference(const float* from, const float* to, int64_t columns, float* out);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -48,9 +49,10 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Workspace& works
   const int64_t window = queries.num_tokens;
   const int64_t num_tokens = keys.num_tokens;
   const int32_t group = queries.num_heads / keys.num_heads;
+  const bool squares = params.reduction == ScoringPolicy::QueryReduction::kRootMeanSquare;
   // Averages commute with the mean over the group, maxima do not: then each query head is a set.
-  const bool by_query_head =
-      params.pooling == ScoringPolicy::Pooling::kMax && params.pooling_kernel > 1 && group > 1;
+  const bool by_query_head = params.pooling == ScoringPolicy::Pooling::kMax &&
+                             params.pooling_kernel > 1 && group > 1 && !squares;
   const int64_t sets_per_head = by_query_head ? group : 1;
   const int64_t num_sets = keys.num_heads * sets_per_head;
   const int64_t rows_per_set = window * (group / sets_per_head);
@@ -85,17 +87,26 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Workspace& works
     return params.lse[QueryOfRow(row, window) * queries.num_heads + query_head(set, row)];
   };
   const absl::FunctionRef<float(int64_t, int64_t)> lse(supplied_lse);
+  // Of a mean over the window, then over the group; of squares, over both at once.
+  const float row_weight = squares ? 1.0F / std::sqrt(static_cast<float>(window * group))
+                                   : 1.0F / static_cast<float>(window);
   absl::Status status = AttentionMeans({.rows = *rows,
                                         .num_keys = num_tokens,
                                         .depth = keys.head_dim,
                                         .load_keys = load_keys,
                                         .lse = params.lse != nullptr ? &lse : nullptr,
-                                        .row_weight = 1.0F / static_cast<float>(window),
+                                        .row_weight = row_weight,
+                                        .squares = squares,
                                         .sums = sums->as<float>()},
                                        workspace);
   if (!status.ok()) return status;
 
   const int64_t num_scored = num_tokens - window;
+  if (squares) {
+    float* const values = sums->as<float>();
+    std::transform(values, values + num_sets * num_tokens, values,
+                   [](float square) { return std::sqrt(square); });
+  }
   const int64_t chunks = CeilDiv(num_tokens, kPoolChunk);
   workspace.threads.ParallelFor(keys.num_heads * chunks, [&](int64_t chunk, int /*slot*/) {
     const int64_t h = chunk / chunks;
@@ -107,7 +118,7 @@ absl::Status ScoreWindow(const ScoreWindowParams& params, const Workspace& works
             .n = num_scored,
             .kernel = params.pooling_kernel,
             .pooling = params.pooling,
-            .factor = 1.0F / static_cast<float>(group),
+            .factor = squares ? 1.0F : 1.0F / static_cast<float>(group),
             .accumulate = s > 0,
             .out = out},
            begin, std::min(end, num_scored));

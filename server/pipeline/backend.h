@@ -108,6 +108,8 @@ enum class Residence : uint8_t { kDevice, kHost };
 // Attention of the last W queries over all keys (SnapKV's score).
 //   p[i,a,:]    = softmax over keys t <= T-W+i of scale * q[i,a].k[h(a),t]      h(a) = a / G
 //   s[h,t]      = mean over the group's heads of pool( mean over i of p[i,a,t] )   for t < T-W
+//               = pool( sqrt( mean over i and the group's heads of p[i,a,t]^2 ) )  kRootMeanSquare;
+//                 squares below the smallest normal float may count as 0
 //   s[h,t]      = 0 for t >= T-W: window tokens are protected, not scored
 // pool runs over t in [0, T-W): average divides by the full kernel (zero padding), max pads with
 // -inf. Requires: 1 <= W < T; kernel odd.
@@ -119,6 +121,7 @@ struct ScoreWindowParams {
   float softmax_scale = 0;
   int32_t pooling_kernel = 1;
   ScoringPolicy::Pooling pooling = ScoringPolicy::Pooling::kAverage;
+  ScoringPolicy::QueryReduction reduction = ScoringPolicy::QueryReduction::kMean;
   float* scores = nullptr;  // out [Hkv, T]
 };
 

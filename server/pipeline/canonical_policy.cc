@@ -41,6 +41,10 @@ const char* Name(ScoringPolicy::Method method) {
   return "?";
 }
 
+const char* Name(ScoringPolicy::QueryReduction reduction) {
+  return reduction == ScoringPolicy::QueryReduction::kRootMeanSquare ? "root_mean_square" : "mean";
+}
+
 const char* Name(ScoringPolicy::Pooling pooling) {
   return pooling == ScoringPolicy::Pooling::kMax ? "max" : "average";
 }
@@ -117,7 +121,8 @@ std::string ScoringText(const ScoringPolicy& policy) {
       "scoring{method=", Name(policy.method), " num_window_queries=", policy.num_window_queries,
       " pooling_kernel=", policy.pooling_kernel, " pooling=", Name(policy.pooling),
       " block_reduction=", Name(policy.block_reduction), " lse_base_2=", policy.lse_base_2 ? 1 : 0,
-      " softmax_scale=", Exact(policy.softmax_scale), refinement, "}");
+      " softmax_scale=", Exact(policy.softmax_scale),
+      " query_reduction=", Name(policy.query_reduction), refinement, "}");
 }
 
 std::string BudgetText(const BudgetPolicy& policy) {

@@ -8,7 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
-#include "server/pipeline/embedded_profiles.h"
+#include "server/pipeline/embedded_files.h"
 #include "server/pipeline/errors.h"
 #include "server/pipeline/segmentation.h"
 
@@ -235,7 +235,7 @@ absl::StatusOr<DelimiterProfile> DelimiterProfile::FromCsv(std::string name, std
 std::span<const DelimiterProfile> BuiltinProfiles() {
   static const auto* const profiles = [] {
     auto* parsed = new std::vector<DelimiterProfile>;
-    for (const EmbeddedProfile& embedded : EmbeddedProfiles()) {
+    for (const EmbeddedFile& embedded : EmbeddedProfiles()) {
       absl::StatusOr<DelimiterProfile> profile =
           DelimiterProfile::FromCsv(std::string(embedded.name), embedded.csv);
       if (!profile.ok()) {  // a defect of the build, which the unit tests would have shown

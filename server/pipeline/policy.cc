@@ -88,6 +88,11 @@ absl::Status ValidateScoring(const ScoringPolicy& scoring) {
     return InvalidField("policy.scoring.pooling_kernel",
                         absl::StrCat("is ", scoring.pooling_kernel, "; must be odd"));
   }
+  if (scoring.query_reduction != ScoringPolicy::QueryReduction::kMean &&
+      scoring.method != ScoringPolicy::Method::kWindowQueries) {
+    return InvalidField("policy.scoring.query_reduction",
+                        "is QUERY_REDUCTION_ROOT_MEAN_SQUARE; only METHOD_WINDOW_QUERIES has it");
+  }
   if (auto status = CheckFiniteNotNegative("policy.scoring.softmax_scale", scoring.softmax_scale);
       !status.ok()) {
     return status;

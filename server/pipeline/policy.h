@@ -18,14 +18,14 @@
 namespace dynsplit {
 
 // Bump whenever equal input could yield another plan.
-inline constexpr int32_t kPolicyVersion = 1;
+inline constexpr int32_t kPolicyVersion = 2;
 
 struct SegmentationPolicy {
   enum class Method : uint8_t { kNone, kFixed, kDelimiterSet, kDynamic };
   Method method = Method::kDynamic;
-  int32_t block_size = 14;    // tokens: fixed length, or C of DD-Select
-  int32_t max_deviation = 6;  // tokens: Delta of DD-Select, in [0, block_size)
-  double balance = 0.6;       // importance against closeness, in [0, 1]
+  int32_t block_size = 20;     // tokens: fixed length, or C of DD-Select
+  int32_t max_deviation = 19;  // tokens: Delta of DD-Select, in [0, block_size)
+  double balance = 0.9;        // importance against closeness, in [0, 1]
   std::string profile;        // delimiter profile; empty = the server's default
 };
 
@@ -41,11 +41,13 @@ struct ScoringPolicy {
   };
   enum class Pooling : uint8_t { kAverage, kMax };
   enum class BlockReduction : uint8_t { kMean, kSum, kMax };
+  enum class QueryReduction : uint8_t { kMean, kRootMeanSquare };
   Method method = Method::kWindowQueries;
   int32_t num_window_queries = 0;  // 0 = all supplied
   int32_t pooling_kernel = 5;      // odd; 1 = none
   Pooling pooling = Pooling::kAverage;
   BlockReduction block_reduction = BlockReduction::kMean;
+  QueryReduction query_reduction = QueryReduction::kMean;
   bool lse_base_2 = false;
   double softmax_scale = 0;  // 0 = 1/sqrt(head_dim)
   // Candidates that blocks propose for every token of a step; the tokens' own keys decide among

@@ -109,6 +109,7 @@ class LayerScorer {
                                       .softmax_scale = SoftmaxScale(spec_),
                                       .pooling_kernel = policy_.pooling_kernel,
                                       .pooling = policy_.pooling,
+                                      .reduction = policy_.query_reduction,
                                       .scores = scores->as<float>()};
     absl::Status status = backend_.ScoreWindow(params, stream_);
     // The converted values must live until they were read.

@@ -215,7 +215,8 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
     const bool waited_out = absl::Now() - started_ >= services_.config.queue_timeout;
     return Fail(reservation.status(), RejectionReason(reservation.status(), waited_out));
   }
-  services_.metrics.Waited(absl::ToDoubleSeconds(reservation->waited()));
+  const absl::Duration waited = reservation->waited();
+  services_.metrics.Waited(absl::ToDoubleSeconds(waited));
   v1::CompressResponse response;
   v1::Accepted& accepted = *response.mutable_accepted();
   accepted.set_request_id(spec.request_id);
@@ -240,6 +241,7 @@ void CompressionCall::OnAdmitted(RequestSpec spec, absl::StatusOr<Reservation> r
     absl::MutexLock lock(&mu_);
     if (!settled_.has_value()) {
       request_ = *request;
+      waited_ = waited;
       phase_ = Phase::kReceiving;
       streams = Streams();
     }

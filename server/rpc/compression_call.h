@@ -102,6 +102,9 @@ class CompressionCall final : public ResultSink,
   bool Settle(const absl::Status& status) ABSL_LOCKS_EXCLUDED(mu_);
   grpc::ByteBuffer EncodeEnd() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RecordResult(const v1::CompressEnd& end) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
+  // What Advise learns from.
+  void RecordExperience(const v1::CompressEnd& end, double kept_ratio)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   void RecordFinish(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mu_);
   std::shared_ptr<Request> request() ABSL_LOCKS_EXCLUDED(mu_);
 
@@ -132,6 +135,7 @@ class CompressionCall final : public ResultSink,
   Admission::Ticket ticket_ ABSL_GUARDED_BY(mu_) = 0;
   Admission* admission_ ABSL_GUARDED_BY(mu_) = nullptr;  // that gave the ticket
   std::shared_ptr<Request> request_ ABSL_GUARDED_BY(mu_);
+  absl::Duration waited_ ABSL_GUARDED_BY(mu_);         // for memory
   std::optional<EndOutput> end_ ABSL_GUARDED_BY(mu_);  // follows all else
   bool end_sent_ ABSL_GUARDED_BY(mu_) = false;
   std::optional<absl::Status> settled_ ABSL_GUARDED_BY(mu_);

@@ -50,6 +50,10 @@ void CompressionCall::RecordResult(const v1::CompressEnd& end) {
   const SequenceShape& shape = end_->plan.shape;
   int64_t tokens_kept = 0;
   for (const LayerPlan& layer : end_->plan.layers) tokens_kept += layer.num_kept;
+  const int64_t tokens_in = shape.num_tokens * shape.num_layers;
+  if (method_ == Method::kCompress) {
+    RecordExperience(end, static_cast<double>(tokens_kept) / static_cast<double>(tokens_in));
+  }
   services_.metrics.Returned({
       .preset = end_->plan.policy.preset,
       .evidence = EvidenceName(end_->plan.evidence),
@@ -65,7 +69,7 @@ void CompressionCall::RecordResult(const v1::CompressEnd& end) {
       .send_seconds = seconds.send(),
       .bytes_in = end.bytes_in(),
       .bytes_out = end.bytes_out(),
-      .tokens_in = shape.num_tokens * shape.num_layers * shape.num_kv_heads,
+      .tokens_in = tokens_in * shape.num_kv_heads,
       .tokens_kept = tokens_kept * shape.num_kv_heads,
       .num_blocks = end_->plan.segmentation.num_blocks(),
       .mass_mean = end.has_receipt() ? end.receipt().retained_attention_mass_mean() : kNaN,
@@ -73,6 +77,34 @@ void CompressionCall::RecordResult(const v1::CompressEnd& end) {
       .error_mean = end.has_receipt() ? end.receipt().output_relative_error_mean() : kNaN,
       .shadow = end_->shadow_bytes_out > 0,
   });
+}
+
+void CompressionCall::RecordExperience(const v1::CompressEnd& end, double kept_ratio) {
+  const Plan& plan = end_->plan;
+  if (request_ == nullptr || !IsPresetItself(plan.policy)) return;
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+  const v1::StageSeconds& stages = end.seconds();
+  // The stages together (but for the check for NaN, which has no figure) are too long where layers
+  // ran side by side, the call where its caller was slow.
+  const double stage_sum = stages.host_to_device() + stages.score() + stages.split() +
+                           stages.select() + stages.gather() + stages.receipt() +
+                           stages.device_to_host();
+  const double elapsed = end.total_seconds() - absl::ToDoubleSeconds(waited_);
+  // A shadow's plan is that of the originals, and it moved all of them. What it would have kept,
+  // its bytes tell but for the filling of pages: a preset leaves bits as they are.
+  const bool shadow = end_->shadow_bytes_out > 0;
+  if (shadow) {
+    kept_ratio = static_cast<double>(end_->shadow_bytes_out) / static_cast<double>(end.bytes_out());
+  }
+  services_.experience.Record(
+      {.shape = plan.shape,
+       .dtype = request_->spec().sequence.key_dtype,
+       .preset = plan.policy.preset,
+       .kept_ratio = kept_ratio,
+       .mass = end.has_receipt() ? end.receipt().retained_attention_mass_mean() : kNaN,
+       .error = end.has_receipt() ? end.receipt().output_relative_error_mean() : kNaN,
+       .bytes_in = end.bytes_in(),
+       .seconds = shadow ? 0 : std::min(stage_sum, elapsed)});
 }
 
 void CompressionCall::RecordFinish(const absl::Status& status) {

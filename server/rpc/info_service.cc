@@ -8,10 +8,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "server/pipeline/errors.h"
+#include "server/rpc/advise_adapter.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/result_adapter.h"
-#include "server/rpc/session_adapter.h"
-#include "server/rpc/tensor_adapter.h"
 #include "server/rpc/unary.h"
 #include "server/runtime/log.h"
 
@@ -61,6 +60,9 @@ void FillCapabilities(const ServerConfig& config, const BackendInfo& backend,
   capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_STREAM);
   if (config.regions == "shm" || config.regions == "all") {
     capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_SHM);
+    if (!config.region_socket.empty()) {
+      capabilities.add_data_planes(v1::Capabilities::DATA_PLANE_MEMFD);
+    }
   }
   const bool has_device = !backend.uuid.empty();
   if (has_device && (config.regions == "cuda-ipc" || config.regions == "all")) {
@@ -87,30 +89,6 @@ absl::StatusOr<DelimiterProfile> ProfileFromProto(const v1::DelimiterProfile& wi
                        .score = weight.score()});
   }
   return DelimiterProfile::Create(wire.name(), wire.description(), std::move(weights));
-}
-
-// What a session of that shape will weigh.
-absl::Status AdviseSession(const v1::AdviseRequest& request, v1::AdviseResponse& response) {
-  const SequenceShape shape = ShapeFromProto(request.shape());
-  absl::Status status = ValidateShape(shape);
-  if (!status.ok()) return status;
-  absl::StatusOr<DType> dtype = DType::kBFloat16;
-  if (request.dtype() != v1::DTYPE_UNSPECIFIED) dtype = DTypeFromProto(request.dtype(), "dtype");
-  if (!dtype.ok()) return dtype.status();
-  if (*dtype == DType::kInt32) return InvalidField("dtype", "is int32; K and V are not");
-  absl::StatusOr<SessionOpening> opening =
-      OpeningFromProto(request.session(), request.session_policy(), "session_policy", shape,
-                       std::nullopt, /*tenant=*/"");
-  if (!opening.ok()) return opening.status();
-  ResidentSpec& resident = opening->resident;
-  SetTypes(request.session(), *dtype, *dtype, resident);
-  const Residence residence = opening->settings.placement == SessionSettings::Placement::kHost
-                                  ? Residence::kHost
-                                  : Residence::kDevice;
-  *response.mutable_policy() = PolicyToProto(resident.policy);
-  *response.mutable_session_bytes() = BytesToProto(PredictResident(resident), residence);
-  response.set_reason("a session drops nothing; these are the bytes that it will hold");
-  return absl::OkStatus();
 }
 
 }  // namespace
@@ -206,10 +184,7 @@ grpc::ServerUnaryReactor* InfoService::PutDelimiterProfile(
 grpc::ServerUnaryReactor* InfoService::Advise(grpc::CallbackServerContext* context,
                                               const v1::AdviseRequest* request,
                                               v1::AdviseResponse* response) {
-  if (request->has_session()) return Reply(context, AdviseSession(*request, *response));
-  return Reply(context, WithReason(absl::StatusCode::kUnimplemented, "UNSUPPORTED_METHOD",
-                                   "this server gives no advice; use shadow mode to measure what "
-                                   "compression would bring"));
+  return Reply(context, AdviseFromProto(*request, services_, *response));
 }
 
 }  // namespace dynsplit::rpc

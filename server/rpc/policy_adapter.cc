@@ -5,6 +5,7 @@
 #include <cmath>
 #include <utility>
 
+#include "server/pipeline/quality.h"
 #include "server/rpc/enum_map.h"
 
 namespace dynsplit::rpc {
@@ -25,6 +26,10 @@ constexpr EnumMap<v1::Scoring::Method, ScoringPolicy::Method, 7> kScorings = {
      {v1::Scoring::METHOD_BLOCK_BOUND, ScoringPolicy::Method::kBlockBound},
      {v1::Scoring::METHOD_BLOCK_MEAN_KEY, ScoringPolicy::Method::kBlockMeanKey}}};
 
+constexpr EnumMap<v1::Scoring::QueryReduction, ScoringPolicy::QueryReduction, 2> kQueryReductions =
+    {{{v1::Scoring::QUERY_REDUCTION_MEAN, ScoringPolicy::QueryReduction::kMean},
+      {v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE,
+       ScoringPolicy::QueryReduction::kRootMeanSquare}}};
 constexpr EnumMap<v1::Scoring::Pooling, ScoringPolicy::Pooling, 2> kPoolings = {
     {{v1::Scoring::POOLING_AVERAGE, ScoringPolicy::Pooling::kAverage},
      {v1::Scoring::POOLING_MAX, ScoringPolicy::Pooling::kMax}}};
@@ -67,7 +72,6 @@ constexpr EnumMap<v1::Evidence, Evidence, 5> kEvidence = {
      {v1::EVIDENCE_ACCUMULATED_SCORES, Evidence::kAccumulatedScores}}};
 
 constexpr int32_t kDefaultFixedBlock = 16;
-constexpr int32_t kDefaultDeviation = 6;
 
 absl::Status MergeSegmentation(const v1::Segmentation& wire, const std::string& field,
                                SegmentationPolicy& policy) {
@@ -87,7 +91,7 @@ absl::Status MergeSegmentation(const v1::Segmentation& wire, const std::string& 
   if (wire.block_size() != 0) {
     policy.block_size = wire.block_size();
     if (policy.method == SegmentationPolicy::Method::kDynamic) {
-      policy.max_deviation = std::max(0, std::min(kDefaultDeviation, policy.block_size - 1));
+      policy.max_deviation = std::max(0, policy.block_size - 1);
     }
   }
   if (wire.has_max_deviation()) policy.max_deviation = wire.max_deviation();
@@ -116,6 +120,9 @@ absl::Status MergeScoring(const v1::Scoring& wire, const std::string& field,
                   policy.pooling);
   status.Update(Assign(kReductions, wire.block_reduction(), &v1::Scoring::BlockReduction_IsValid,
                        field + ".block_reduction", policy.block_reduction));
+  status.Update(Assign(kQueryReductions, wire.query_reduction(),
+                       &v1::Scoring::QueryReduction_IsValid, field + ".query_reduction",
+                       policy.query_reduction));
   status.Update(Assign(kLseBases, wire.lse_base(), &v1::Scoring::LseBase_IsValid,
                        field + ".lse_base", policy.lse_base_2));
   return status;
@@ -170,10 +177,22 @@ void MergeProtection(const v1::Protection& wire, ProtectionPolicy& policy) {
   }
 }
 
-void MergeQualityFloor(const v1::QualityFloor& wire, QualityFloor& floor) {
+absl::Status MergeQualityFloor(const v1::QualityFloor& wire, const std::string& field,
+                               const std::string& preset, QualityFloor& floor) {
   floor.min_retained_attention_mass = wire.min_retained_attention_mass();
   floor.max_output_relative_error = wire.max_output_relative_error();
   if (wire.max_kept_ratio() != 0) floor.max_kept_ratio = wire.max_kept_ratio();
+  const double divergence = wire.max_expected_divergence();
+  if (divergence == 0) return absl::OkStatus();
+  if (!(std::isfinite(divergence) && divergence > 0)) {
+    return InvalidField(field + ".max_expected_divergence",
+                        absl::StrCat("is ", divergence, "; must be finite and not negative"));
+  }
+  // The loss is a function of the error, which is what a layer can be held to.
+  const double error = QualityTable::Builtin().LossOf(preset).of_error.ValueFor(divergence);
+  double& bound = floor.max_output_relative_error;
+  bound = bound == 0 ? error : std::min(bound, error);
+  return absl::OkStatus();
 }
 
 v1::Budget BudgetToProto(const BudgetPolicy& policy) {
@@ -203,6 +222,7 @@ v1::Scoring ScoringToProto(const ScoringPolicy& policy) {
   wire.set_block_reduction(kReductions.ToWire(policy.block_reduction));
   wire.set_lse_base(kLseBases.ToWire(policy.lse_base_2));
   wire.set_softmax_scale(policy.softmax_scale);
+  wire.set_query_reduction(kQueryReductions.ToWire(policy.query_reduction));
   wire.set_refinement_factor(policy.refinement_factor);
   return wire;
 }
@@ -242,7 +262,10 @@ absl::StatusOr<Policy> PolicyFromProto(const v1::Policy& wire, const std::string
   status.Update(Assign(kScopes, wire.scope(), &v1::Scope_IsValid, field + ".scope", policy.scope));
   status.Update(Assign(kPositions, wire.positions(), &v1::Positions_IsValid, field + ".positions",
                        policy.positions));
-  if (wire.has_quality_floor()) MergeQualityFloor(wire.quality_floor(), policy.quality_floor);
+  if (wire.has_quality_floor()) {
+    status.Update(MergeQualityFloor(wire.quality_floor(), field + ".quality_floor", policy.preset,
+                                    policy.quality_floor));
+  }
   if (!status.ok()) return status;
   policy.allow_fallback = wire.allow_fallback();
   if (wire.page_size() != 0) policy.page_size = wire.page_size();

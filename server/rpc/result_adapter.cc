@@ -8,6 +8,7 @@
 
 #include "proto/wire/status.h"
 #include "server/pipeline/errors.h"
+#include "server/pipeline/quality.h"
 #include "server/rpc/policy_adapter.h"
 #include "server/rpc/tensor_adapter.h"
 
@@ -56,6 +57,8 @@ v1::Receipt SummarizeReceipts(const EndOutput& output) {
   wire.set_output_relative_error_mean(error_mean);
   wire.set_output_relative_error_max(error_mean == error_mean ? error_max : kNaN);
   wire.set_num_queries(static_cast<int32_t>(output.num_queries));
+  const Loss& loss = QualityTable::Builtin().LossOf(output.plan.policy.preset);
+  wire.set_expected_divergence(loss.Divergence(mass_mean, error_mean));
   return wire;
 }
 

@@ -133,6 +133,7 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(
                                        .devices = *server->devices_,
                                        .profiles = *server->profiles_,
                                        .metrics = *server->metrics_,
+                                       .experience = server->experience_,
                                        .regions = *server->regions_,
                                        .sessions = *server->sessions_});
 

@@ -56,6 +56,7 @@ class Server {
   const ServerConfig config_;
   const std::vector<std::unique_ptr<Backend>> backends_;
   std::unique_ptr<Metrics> metrics_;
+  Experience experience_{QualityTable::Builtin()};
   std::unique_ptr<ProfileStore> profiles_;
   std::unique_ptr<PassedFiles> region_files_;
   std::unique_ptr<RegionStore> regions_;

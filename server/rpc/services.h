@@ -12,6 +12,7 @@
 #include "server/rpc/shard_table.h"
 #include "server/runtime/config.h"
 #include "server/runtime/devices.h"
+#include "server/runtime/experience.h"
 #include "server/runtime/metrics.h"
 #include "server/runtime/profiles.h"
 #include "server/runtime/regions.h"
@@ -26,6 +27,7 @@ struct Services {
   DeviceSet& devices;
   ProfileStore& profiles;
   Metrics& metrics;
+  Experience& experience;
   RegionStore& regions;
   SessionStore& sessions;
   const absl::Time started = absl::Now();

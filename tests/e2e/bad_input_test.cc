@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "absl/strings/match.h"
+#include "server/pipeline/policy.h"
 #include "tests/e2e/harness.h"
 
 namespace dynsplit::e2e {
@@ -125,7 +126,7 @@ void MakeApply(Script& script, const std::vector<int32_t>& kept) {
   *plan.mutable_policy() = script.begin.policy();
   plan.mutable_policy()->set_preset("streamingllm");
   script.begin.clear_policy();
-  plan.set_policy_version(1);
+  plan.set_policy_version(kPolicyVersion);
   plan.set_evidence(v1::EVIDENCE_NONE);
   plan.set_num_blocks(1);
   plan.set_hash(std::string(32, '0'));
@@ -492,6 +493,14 @@ std::vector<BadCase> PolicyCases() {
        policy([](P& p) { p.mutable_segmentation()->set_max_deviation(14); })},
       {"BalanceOutside", kInvalid, "policy.segmentation.balance",
        policy([](P& p) { p.mutable_segmentation()->set_balance(1.5); })},
+      {"UnknownQueryReduction", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
+         p.mutable_scoring()->set_query_reduction(static_cast<v1::Scoring::QueryReduction>(9));
+       })},
+      {"SquaresOfKeyNorms", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
+         p.mutable_scoring()->set_method(v1::Scoring::METHOD_KEY_NORM);
+         p.mutable_scoring()->set_query_reduction(
+             v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE);
+       })},
       {"PoolingEven", kInvalid, "policy.scoring.pooling_kernel",
        policy([](P& p) { p.mutable_scoring()->set_pooling_kernel(4); })},
       {"PoolingTooWide", kInvalid, "policy.scoring.pooling_kernel",

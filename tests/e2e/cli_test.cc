@@ -228,6 +228,36 @@ TEST_F(CliTest, QuietPrintsTheSummaryOrNothing) {
   EXPECT_TRUE(absl::StrContains(mixed.out, "policy of code: snapkv: ")) << mixed.out;
 }
 
+TEST_F(CliTest, AdviseSaysWhetherItPays) {
+  const std::vector<std::string> shape = {
+      "advise",   "--layers", "32",         "--query-heads", "32",         "--kv-heads",    "8",
+      "--tokens", "131072",   "--head-dim", "128",           "--evidence", "window-queries"};
+  const auto with = [&shape](std::vector<std::string> more) {
+    more.insert(more.begin(), shape.begin(), shape.end());
+    return more;
+  };
+  const Outcome slow = Ask(with({"--link", "1e8", "--json"}));
+  ASSERT_EQ(slow.exit_code, 0) << slow.err;
+  const Json advice = Parse(slow.out);
+  EXPECT_TRUE(advice["compress"].get<bool>());
+  EXPECT_EQ(advice["policy"]["preset"], "dynsplit");
+  EXPECT_LT(advice["compressed_seconds"].get<double>(), advice["plain_seconds"].get<double>());
+
+  const Outcome human = Ask(with({"--link", "1e8"}));
+  ASSERT_EQ(human.exit_code, 0) << human.err;
+  EXPECT_TRUE(absl::StrContains(human.out, "compress: dynsplit")) << human.out;
+  EXPECT_TRUE(absl::StrContains(human.out, "pays below")) << human.out;
+  const Outcome fast = Ask(with({"--link", "1e15"}));
+  EXPECT_EQ(fast.exit_code, 0) << fast.err;
+  EXPECT_TRUE(absl::StrContains(fast.out, "do not compress")) << fast.out;
+  const Outcome all = Ask(with({"--link", "1e8", "--min-mass", "1"}));
+  EXPECT_TRUE(absl::StrContains(all.out, "no throughput")) << all.out;
+
+  EXPECT_EQ(Ask(shape).exit_code, 2) << "no link";
+  const Outcome wrong = Ask(with({"--link", "1e8", "--kv-heads", "5"}));
+  EXPECT_NE(wrong.exit_code, 0);
+}
+
 TEST_F(CliTest, ServeCheckTellsAHealthyServerFromNone) {
   const Outcome healthy = Ask({"serve-check"});
   EXPECT_EQ(healthy.exit_code, 0) << healthy.out << healthy.err;

@@ -471,11 +471,6 @@ TEST(LifecycleTest, InformationAndProfiles) {
   const Reply reply = Exchange(*compression, Call::kCompress, script);
   ASSERT_TRUE(reply.status.ok()) << reply.status.error_message();
   EXPECT_EQ(reply.accepted.policy().segmentation().profile(), "mine");
-
-  v1::AdviseResponse advice;
-  const grpc::Status advise = call(&v1::Info::Stub::Advise, v1::AdviseRequest(), advice);
-  EXPECT_EQ(advise.error_code(), grpc::UNIMPLEMENTED);
-  EXPECT_FALSE(advise.error_message().empty());
 }
 
 TEST(LifecycleTest, RegionsAreOffByDefault) {

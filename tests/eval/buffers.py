@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from dynsplit.errors import DynSplitError
 from dynsplit.sessions import SessionClient, tensor_at
 from dynsplit.shared import HostRegion
 from dynsplit.tensors import RegionSlice, RegionTensor
@@ -62,7 +64,8 @@ class _Regions:
 
     def close(self) -> None:
         while self._regions:
-            self._regions.pop().close()
+            with contextlib.suppress(DynSplitError):  # a server that is gone has let go of it
+                self._regions.pop().close()
 
     def _new(self, num_bytes: int) -> tuple[Any, Tensor]:
         raise NotImplementedError

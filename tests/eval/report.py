@@ -1,6 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Tables and plots of evaluate.py's results: report.py FOLDER writes report.md and PNGs there.
+"""Tables and plots of evaluate.py's results.
+
+    report.py FOLDER [--recount]     writes report.md and PNGs into FOLDER
+
+Reads the CSVs and run.json. --recount writes the CSVs anew from FOLDER/cases first: after a run
+elsewhere, or a change of what is counted.
+
 
 Plots need matplotlib; without it there are tables only.
 """
@@ -8,13 +14,15 @@ Plots need matplotlib; without it there are tables only.
 from __future__ import annotations
 
 import csv
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from accuracy.metrics import rank_correlation  # noqa: E402
-from accuracy.summary import TASKS  # noqa: E402
+from accuracy.cases import KINDS
+from accuracy.metrics import rank_correlation
+from accuracy.summary import COUNTED, REFERENCE, RUN, TASKS, load, tables, write_all
 
 Row = dict[str, str]
 
@@ -33,6 +41,11 @@ def _number(text: str) -> str:
     return f"{float(text):.3f}"
 
 
+def _share(text: str) -> str:
+    share = float(text)
+    return f"{share:g} tokens" if share > 1 else f"{100 * share:g} %"
+
+
 def _scores(rows: list[Row], mode: str, share: str) -> list[str]:
     """Methods by their average, tasks side by side; the first line is the full cache."""
     cells = {
@@ -40,7 +53,7 @@ def _scores(rows: list[Row], mode: str, share: str) -> list[str]:
         for row in rows
         if (row["mode"], row["share"], row["kind"]) == (mode, share, "all")
     }
-    tasks = [t for t in ("average", *TASKS) if any(task == t for _, task in cells)]
+    tasks = [t for t in ("average", "relative", *TASKS) if any(task == t for _, task in cells)]
 
     def key(method: str) -> float:
         return -float(cells.get((method, "average"), cells[method, tasks[-1]])["score"])
@@ -52,7 +65,7 @@ def _scores(rows: list[Row], mode: str, share: str) -> list[str]:
     any_row = {task: row for (_, task), row in cells.items()}
     full = ["*full cache*", *(_number(any_row[task]["full_score"]) for task in tasks)]
     counts = ["*cases*", *(any_row[task]["n"] for task in tasks)]
-    title = f"### {mode}, {100 * float(share):g} % {'kept' if mode == 'evict' else 'read'}"
+    title = f"### {mode}, {_share(share)} {'kept' if mode == 'evict' else 'read'}"
     return [title, "", *_markdown(["method", *tasks], [full, *table, counts])]
 
 
@@ -63,12 +76,76 @@ def _comparisons(rows: list[Row]) -> list[str]:
             continue
         low, high = float(row["lo"]), float(row["hi"])
         verdict = "better" if low > 0 else "worse" if high < 0 else "open"
-        interval = f"{float(row['difference']):+.3f} [{low:+.3f}, {high:+.3f}]"
-        table.append([row["mode"], row["share"], row["method"], row["other"], interval, verdict])
+        names = [row[column] for column in ("mode", "share", "method", "other")]
+        table.append([*names, _interval(row), verdict])
     if not table:
         return []
     header = ["mode", "share", "method", "less", "average, 95 %, paired", ""]
     return ["### Against the others", "", *_markdown(header, table)]
+
+
+def _by_kind(rows: list[Row], mode: str, share: str) -> list[str]:
+    """Average of every method in every kind of text."""
+    cells = {
+        (row["method"], row["kind"]): row
+        for row in rows
+        if (row["mode"], row["share"], row["task"]) == (mode, share, "average")
+    }
+    kinds = [kind for kind in (*KINDS, "all") if any(own == kind for _, own in cells)]
+    if not kinds:
+        return []
+
+    def line(name: str, column: str, found: list[Row | None]) -> list[str]:
+        return [name, *(_number(row[column]) if row else "" for row in found)]
+
+    methods = sorted(
+        {method for method, _ in cells},
+        key=lambda method: -float(cells.get((method, "all"), {"score": "0"})["score"]),
+    )
+    table = [line(m, "score", [cells.get((m, kind)) for kind in kinds]) for m in methods]
+    any_row = {kind: row for (_, kind), row in cells.items()}
+    full = line("*full cache*", "full_score", [any_row[kind] for kind in kinds])
+    title = f"### Averages by kind: {mode}, {_share(share)}"
+    return [title, "", *_markdown(["method", *kinds], [full, *table])]
+
+
+def _ablations(
+    rows: list[Row], comparisons: list[Row], groups: dict[tuple[str, str], str]
+) -> list[str]:
+    """What each part of the method is worth: the reference's average less the ablation's."""
+    lines: list[str] = []
+    for mode, reference in REFERENCE.items():
+        mine = [row for row in comparisons if row["mode"] == mode and row["task"] == "average"]
+        mine = [row for row in mine if groups.get((mode, row["other"])) == "ablation"]
+        if not mine:
+            continue
+        shares = sorted({row["share"] for row in mine}, key=float)
+        cells = {(row["other"], row["share"]): row for row in mine}
+        own = {
+            row["share"]: row
+            for row in rows
+            if (row["mode"], row["method"]) == (mode, reference)
+            and (row["kind"], row["task"]) == ("all", "average")
+        }
+        table = [[f"*{reference}*", *(_number(own[share]["score"]) for share in shares)]]
+        for other in dict.fromkeys(row["other"] for row in mine):
+            found = [cells.get((other, share)) for share in shares]
+            table.append([other, *(_interval(row) if row else "" for row in found)])
+        header = [f"{reference} less", *(map(_share, shares))]
+        lines += [f"### Ablations: {mode}", "", *_markdown(header, table)]
+    return lines
+
+
+def _interval(row: Row) -> str:
+    low, high = float(row["lo"]), float(row["hi"])
+    return f"{float(row['difference']):+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _failures(rows: list[Row]) -> list[str]:
+    if not rows:
+        return []
+    columns = list(rows[0])
+    return ["### Failed", "", *_markdown(columns, [[row[c] for c in columns] for row in rows])]
 
 
 def _receipts(rows: list[Row]) -> list[str]:
@@ -80,64 +157,40 @@ def _receipts(rows: list[Row]) -> list[str]:
     return ["### Does the receipt predict loss?", "", *_markdown(header, table)]
 
 
-def _plot_scores(rows: list[Row], path: Path) -> None:
-    from matplotlib import pyplot
-
-    modes = sorted({row["mode"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(modes), figsize=(7 * len(modes), 5), squeeze=False)
-    for axis, mode in zip(axes[0], modes, strict=True):
-        chosen = [r for r in rows if (r["mode"], r["kind"], r["task"]) == (mode, "all", "average")]
-        for method in sorted({row["method"] for row in chosen}):
-            own = [row for row in chosen if row["method"] == method]
-            mine = sorted((float(row["share"]), float(row["score"])) for row in own)
-            width = 3 if method in ("dynsplit", "dynsplit_index") else 1
-            axis.plot(*zip(*mine, strict=True), marker="o", linewidth=width, label=method)
-        if chosen:
-            axis.axhline(float(chosen[0]["full_score"]), color="black", linestyle=":", label="full")
-        axis.set(xscale="log", title=mode, xlabel="share of the tokens", ylabel="average score")
-        axis.legend(fontsize=6, ncols=2)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _plot_receipts(rows: list[Row], path: Path) -> None:
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    for share in sorted({row["share"] for row in rows}, key=float):
-        mine = [(1 - float(r["mass"]), float(r["kl"])) for r in rows if r["share"] == share]
-        axis.scatter(*zip(*mine, strict=True), s=10, label=f"{100 * float(share):g} % kept")
-    axis.set(xlabel="attention mass lost, as the receipt says", ylabel="KL, nats", yscale="symlog")
-    axis.set_yscale("symlog", linthresh=1e-2)
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
 def main() -> int:
     """Command line."""
     folder = Path(sys.argv[1])
+    if "--recount" in sys.argv[2:]:
+        write_all(folder, tables(load(folder)))
     rows, receipts = _read(folder / "summary.csv"), _read(folder / "receipts.csv")
+    comparisons = _read(folder / "comparisons.csv")
+    described = json.loads((folder / RUN).read_text())["methods"]
+    groups = {(method["mode"], method["name"]): method["group"] for method in described}
     lines = ["## Accuracy through the service", ""]
+    lines += [
+        "Averages are over the tasks of right and wrong, without cases of a kind, task and length "
+        f"of which the full cache does less than {COUNTED}.",
+        "",
+    ]
+    kinds = []
     for mode in sorted({row["mode"] for row in rows}):
         shares = sorted({row["share"] for row in rows if row["mode"] == mode}, key=float)
         for share in shares:
             lines += _scores(rows, mode, share)
-    lines += _comparisons(_read(folder / "comparisons.csv"))
+            kinds += _by_kind(rows, mode, share)
+    lines += _comparisons(comparisons) + _ablations(rows, comparisons, groups) + kinds
     if receipts:
         lines += _receipts(receipts)
+    lines += _failures(_read(folder / "failures.csv"))
     (folder / "report.md").write_text("\n".join(lines))
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
+        from accuracy import plots
     except ImportError:
         return 0
-    _plot_scores(rows, folder / "scores.png")
+    plots.plot_scores(rows, groups, folder / "scores.png")
+    plots.plot_kinds(rows, groups, folder / "kinds.png")
     if receipts:
-        _plot_receipts(receipts, folder / "receipts.png")
+        plots.plot_receipts(receipts, folder / "receipts.png")
     return 0
 
 

@@ -81,6 +81,7 @@ class TorchLlama:
         self.device, self.dtype = embedding.device, embedding.dtype
         self._embedding, self._layers = embedding, layers
         self._output_norm, self._output = output_norm, output
+        self._exact_output: Tensor | None = None
         exponent = torch.arange(0, shape.head_dim, 2, dtype=torch.float64) / shape.head_dim
         positions = torch.arange(max_positions, dtype=torch.float64)
         angle = positions[:, None] * shape.rope_theta**-exponent
@@ -187,6 +188,12 @@ class TorchLlama:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [N, vocab] of [N, E]."""
         return functional.linear(hidden, self._output)
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """As `logits`, in fp32 whatever the weights' type: for what compares distributions."""
+        if self._exact_output is None:
+            self._exact_output = self._output.float()
+        return functional.linear(hidden.float(), self._exact_output)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [N, D] of RoPE at positions [N], both halves alike; fp32."""

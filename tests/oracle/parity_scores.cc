@@ -51,18 +51,24 @@ void CheckScoreWindow(Backend& backend, const ParityShape& shape) {
   device.queries = session.Upload(queries);
   device.keys = session.Upload(keys);
   const float* device_lse = session.Upload(lse);
-  const auto run = [&](const char* what) {
+  const auto run = [&](const char* what, double absolute = 1e-30) {
     Output<float> scores = session.Poisoned<float>(count);
     device.scores = scores.data();
     ASSERT_TRUE(backend.ScoreWindow(device, session.stream()).ok());
-    ExpectNear(session.Read(std::move(scores)), ScoreWindow(host), relative, 1e-30, what);
+    ExpectNear(session.Read(std::move(scores)), ScoreWindow(host), relative, absolute, what);
   };
   run("scores, log-sum-exp computed");
   host.lse = lse.data();
   device.lse = device_lse;
   run("scores, log-sum-exp supplied");
-  if (!shape.small()) return;
+  // The root of a square that underflows.
+  constexpr double kLeastRoot = 1e-18;
+  host.reduction = device.reduction = ScoringPolicy::QueryReduction::kRootMeanSquare;
+  run("root mean squares, log-sum-exp supplied", kLeastRoot);
   host.lse = device.lse = nullptr;
+  run("root mean squares, log-sum-exp computed", kLeastRoot);
+  host.reduction = device.reduction = ScoringPolicy::QueryReduction::kMean;
+  if (!shape.small()) return;
   for (Pooling pooling : {Pooling::kAverage, Pooling::kMax}) {
     for (int32_t kernel : {1, 3, 31}) {
       host.pooling = device.pooling = pooling;

@@ -80,21 +80,27 @@ std::vector<double> ScoreWindow(const ScoreWindowParams& params) {
   std::vector<double> computed;
   if (params.lse == nullptr) computed = WindowLse(queries, keys, params.softmax_scale);
   std::vector<double> scores(static_cast<size_t>(keys.num_heads * num_tokens), 0.0);
+  const bool squares = params.reduction == ScoringPolicy::QueryReduction::kRootMeanSquare;
+  std::vector<double> mean;
   Matrix k;  // of the group's head
   for (int32_t a = 0; a < queries.num_heads; ++a) {
     const int32_t h = a / group;
     const Matrix q = HeadRows(queries, a);
     if (a % group == 0) k = HeadRows(keys, h);
-    std::vector<double> mean(static_cast<size_t>(num_tokens - window), 0.0);
+    if (!squares || a % group == 0) mean.assign(static_cast<size_t>(num_tokens - window), 0.0);
     for (int64_t i = 0; i < window; ++i) {
       const int64_t row = i * queries.num_heads + a;
       const double lse =
           params.lse != nullptr ? params.lse[row] : computed[static_cast<size_t>(row)];
       for (size_t t = 0; t < mean.size(); ++t) {
-        mean[t] +=
-            std::exp(double{params.softmax_scale} * Dot(q[static_cast<size_t>(i)], k[t]) - lse) /
-            static_cast<double>(window);
+        const double weight =
+            std::exp(double{params.softmax_scale} * Dot(q[static_cast<size_t>(i)], k[t]) - lse);
+        mean[t] += (squares ? weight * weight / group : weight) / static_cast<double>(window);
       }
+    }
+    if (squares) {
+      if (a % group < group - 1) continue;  // one mean over the group's heads
+      for (double& square : mean) square = std::sqrt(square) * group;
     }
     const std::vector<double> pooled = Pool(mean, params.pooling_kernel, params.pooling);
     for (size_t t = 0; t < pooled.size(); ++t) {

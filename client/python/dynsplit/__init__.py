@@ -20,12 +20,14 @@ from dynsplit.client import Client
 from dynsplit.errors import DynSplitError, PassthroughWarning
 from dynsplit.policies import index_policy, policy
 from dynsplit.results import Compressed, CompressedLayer, load
-from dynsplit.session_calls import Gather, Step, session_options, tensor_at
+from dynsplit.session_calls import Gather, Step, session_options
+from dynsplit.tensors import AxisTensor, tensor_at
 from dynsplit.v1.types_pb2 import Rope, SequenceShape
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AxisTensor",
     "Client",
     "Compressed",
     "CompressedLayer",

@@ -25,12 +25,14 @@ from dynsplit.v1 import compression_pb2
 
 T = TypeVar("T")
 
-Road = Literal["auto", "cuda-ipc", "shm", "inline", "unix", "tcp"]
+Road = Literal["auto", "cuda-ipc", "memfd", "shm", "inline", "unix", "tcp"]
 """How tensors reach the server.
 
-"cuda-ipc": torch tensors on the server's GPU, through device memory that both map. "shm": through
-POSIX shared memory. "inline": in the stream. "unix" and "tcp": inline, over that kind of socket.
-"auto": the first of cuda-ipc, shm and inline that server and host allow, call by call.
+"cuda-ipc": through memory of the server's GPU that both map. "memfd": through sealed shared memory
+without a name, passed over the server's region socket. "shm": through POSIX shared memory.
+"inline": in the stream. "unix" and "tcp": inline, over that kind of socket. "auto": the first of
+cuda-ipc (torch tensors on a GPU, and an engine given), memfd (a region socket given), shm and
+inline that server and host allow, call by call.
 """
 
 OnError = Literal["raise", "passthrough"]
@@ -160,6 +162,8 @@ class Stream(Generic[T]):
     """Makes the begin that goes on where a broken call stopped."""
     timeout_seconds: float | None = None
     """Deadline of this call; None = the client's."""
+    on_layer: Callable[[streams.Results, Any], None] | None = None
+    """Takes each LayerResult once all of it is in the results; anew in every try."""
 
 
 Call = Unary[T] | Stream[T]
@@ -186,6 +190,25 @@ class Face:
         method.__qualname__ = f"Client.{self._name}"
         method.__signature__ = self._bound if bound else self._unbound
         return method
+
+
+ChannelOptions = list[tuple[str, int]]
+
+
+def channel_options(target: str) -> ChannelOptions:
+    """Of a connection to `target`: messages of any size, a connection of its own for each channel.
+
+    On one host small windows bound what a slow reader makes the other side hold; across hosts
+    gRPC's own measuring of the link is faster.
+    """
+    options = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if is_local(target):
+        options += [("grpc.http2.bdp_probe", 0), ("grpc.http2.max_frame_size", 1 << 20)]
+    return options
 
 
 DEFAULT_TARGETS = ("unix:/run/dynsplitd.sock", "127.0.0.1:8001")

@@ -4,48 +4,25 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Concatenate,
-    Generic,
-    ParamSpec,
-    Self,
-    TypeVar,
-    overload,
-)
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 import grpc
 
-from dynsplit import calls, compression, errors, info, session_calls, streams
-from dynsplit.calls import Attempts, Call, Context, OnError, Retry, Road, Stream, Unary
-from dynsplit.roads import CANNOT_SHARE, Segment, Stage
-from dynsplit.v1 import (
-    compression_pb2,
-    compression_pb2_grpc,
-    info_pb2_grpc,
-    memory_pb2_grpc,
-    sessions_pb2,
-    sessions_pb2_grpc,
-)
-
-if TYPE_CHECKING:
-    from dynsplit.engine import Engine
+from dynsplit import calls, compression, errors, info, memory, session_calls, streams
+from dynsplit.base import BaseClient, health_call, is_serving
+from dynsplit.calls import Attempts, Call, Context, Retry, Stream, Unary
+from dynsplit.memory import OpenStream, RegionOwner
+from dynsplit.roads import CANNOT_SHARE, Segment
+from dynsplit.v1 import info_pb2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_STREAMS = {
-    "Compression": ("Compress", "Plan", "Apply", "Calibrate"),
-    "Sessions": ("Open", "Append", "Fetch"),
-}
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-]
+_ATTACH_SECONDS = 60.0  # where calls have no deadline
 
 
 class Method(Generic[P, T]):
@@ -76,37 +53,7 @@ class Method(Generic[P, T]):
         return self._face.put_on(method, bound=True)
 
 
-def stubs_of(channel: Any) -> dict[str, Any]:
-    """Stubs of all services by name; also of a grpc.aio channel."""
-    classes: dict[str, Any] = {  # generated without annotations
-        "Compression": compression_pb2_grpc.CompressionStub,
-        "Sessions": sessions_pb2_grpc.SessionsStub,
-        "Memory": memory_pb2_grpc.MemoryStub,
-        "Info": info_pb2_grpc.InfoStub,
-    }
-    stubs = {name: stub(channel) for name, stub in classes.items()}
-    for service, methods in _STREAMS.items():
-        for method in methods:
-            call = channel.stream_stream(
-                f"/dynsplit.v1.{service}/{method}",
-                request_serializer=streams.serialize,
-                response_deserializer=compression_pb2.CompressResponse.FromString,
-            )
-            setattr(stubs[service], method, call)
-    return stubs
-
-
-def health_call(channel: Any) -> Any:
-    """grpc.health.v1 Check of the whole server: bytes to bytes."""
-    return channel.unary_unary("/grpc.health.v1.Health/Check")
-
-
-def is_serving(answer: bytes) -> bool:
-    """Whether a HealthCheckResponse says SERVING (field 1, value 1)."""
-    return answer == b"\x08\x01"
-
-
-class Client:
+class Client(BaseClient):
     """Everything the service does. Thread-safe; calls block their thread.
 
     Every method raises classes of `dynsplit.errors`. Calls are repeated as `Retry` says, within
@@ -118,60 +65,13 @@ class Client:
                 layer.tokens, layer.rows()
     """
 
-    def __init__(
-        self,
-        target: str | Sequence[str] | grpc.Channel | None = None,
-        *,
-        tenant: str = "",
-        timeout_seconds: float | None = 60.0,
-        stream_timeout_seconds: float | None = 300.0,
-        road: Road = "auto",
-        retry: Retry | None = None,
-        on_error: OnError = "raise",
-        engine: Engine | None = None,
-        credentials: grpc.ChannelCredentials | None = None,
-    ) -> None:
-        """Connects lazily.
-
-        Args:
-            target: "host:port", "unix:/path", several of these to choose from, or a channel (which
-                then stays the caller's). None = $DYNSPLIT_TARGET, else where dynsplitd listens by
-                default.
-            tenant: quota and fairness group; empty = "default".
-            timeout_seconds: deadline of each unary call with all its tries; None = none.
-            stream_timeout_seconds: likewise of the streams (compress, plan, apply, calibrate, open,
-                append, fetch).
-            road: how tensors reach the server; see `Road`.
-            retry: None = `Retry()`.
-            on_error: "passthrough" makes `compress` return the caller's tensors where the service
-                is away.
-            engine: makes road "cuda-ipc" possible for torch tensors on the server's GPU.
-            credentials: TLS; None = none.
-
-        Raises:
-            ValueError: no address fits the road.
-        """
-        address = ""
-        self._owned: Any = None
-        if target is None or isinstance(target, str | list | tuple):
-            address = calls.choose_target(target, road)
-            target = self._owned = self._connect(address, credentials)
-        self._channel: Any = target
-        self._context = Context(tenant, on_error)
-        self._timeout = timeout_seconds
-        self._stream_timeout = stream_timeout_seconds
-        self._retry = retry or Retry()
-        self._stage = Stage(road, address, engine)
-        self._planes: list[int] | None = None
-        self._stubs = stubs_of(target)
-        self.target = address
-        """The address; empty where a channel was given."""
+    _new_lock = staticmethod(threading.Lock)
 
     @staticmethod
-    def _connect(address: str, credentials: grpc.ChannelCredentials | None) -> Any:
+    def _connect(address: str, credentials: Any, options: calls.ChannelOptions) -> Any:
         if credentials is None:
-            return grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return grpc.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+            return grpc.insecure_channel(address, options=options)
+        return grpc.secure_channel(address, credentials, options=options)
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -187,12 +87,12 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Gives shared memory back, and closes a channel made here. Sessions live on."""
-        for place in self._stage.close():
-            with contextlib.suppress(errors.DynSplitError):  # its lease ends anyhow
-                self.unregister_region(place.name, place.generation)
-        if self._owned is not None:
-            self._owned.close()
+        """Gives shared memory back, and closes connections made here. Sessions live on."""
+        self._discard(self._stage.close())
+        if self._owner is not None:
+            self._owner.close()
+        for channel in self._owned:
+            channel.close()
 
     compress = Method(compression.compress)
     plan = Method(compression.plan)
@@ -211,9 +111,9 @@ class Client:
     unmap = Method(session_calls.unmap)
     session_bytes = Method(session_calls.session_bytes)
 
-    register_region = Method(session_calls.register_region)
-    unregister_region = Method(session_calls.unregister_region)
-    regions = Method(session_calls.regions)
+    register_region = Method(memory.register_region)
+    unregister_region = Method(memory.unregister_region)
+    regions = Method(memory.regions)
 
     server_info = Method(info.server_info)
     policies = Method(info.policies)
@@ -222,14 +122,41 @@ class Client:
     put_profile = Method(info.put_profile)
     advise = Method(info.advise)
 
-    def select_request(self, steps: Sequence[session_calls.Step]) -> sessions_pb2.SelectRequest:
-        """The message of `select`, for `select_message`."""
-        return session_calls.select_request(self._context, steps)
+    def attach(self) -> RegionOwner:
+        """Makes an owner of regions: they go with it, or with this process, at once.
+
+        Holds a stream to the server open.
+
+            with client.attach() as owner, HostRegion(client, byte_size, owner=owner) as region: ...
+
+        Raises:
+            ExhaustedError: the server's quota of owners.
+            UnsupportedError: the server shares no memory.
+            DeadlineError, UnavailableError: it does not answer in time, or at all.
+        """
+        silence = OpenStream()
+        call = self._methods("Memory", "Attach")[0](iter(silence))
+        if not call.add_callback(silence.end):
+            silence.end()
+        limit = threading.Timer(self._timeout or _ATTACH_SECONDS, call.cancel)
+        limit.start()
+        try:
+            return RegionOwner(next(call).owner, call, silence.end)
+        except StopIteration:
+            raise errors.UnavailableError("the owner's stream ended", code="UNAVAILABLE") from None
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:
+                raise errors.DeadlineError(
+                    "the server did not answer Attach", code="DEADLINE_EXCEEDED"
+                ) from None
+            raise errors.from_rpc_error(error) from None
+        finally:
+            limit.cancel()
 
     def healthy(self) -> bool:
         """Whether the server says that it serves; False also where there is none."""
         try:
-            return is_serving(health_call(self._channel)(b"", timeout=self._timeout))
+            return is_serving(health_call(self._channels[0])(b"", timeout=self._timeout))
         except grpc.RpcError:
             return False
 
@@ -247,7 +174,7 @@ class Client:
         return call.finish(results)
 
     def _unary(self, call: Unary[T], retry: Retry | None = None) -> Any:
-        method = getattr(self._stubs[call.service], call.method)
+        method = self._methods(call.service, call.method)[0]
         attempts = Attempts(retry or self._retry, call.repeatable, self._timeout)
         while True:
             try:
@@ -257,63 +184,95 @@ class Client:
             time.sleep(wait)
 
     def _stream(self, call: Stream[T]) -> streams.Results:
-        method = getattr(self._stubs[call.service], call.method)
         timeout = self._stream_timeout if call.timeout_seconds is None else call.timeout_seconds
         attempts = Attempts(self._retry, call.repeatable, timeout)
-        begin, broken = call.begin, None
+        begin, broken, talk = call.begin, None, None
         while True:
-            with self._staged(call) as (inputs, segment):
-                talk = streams.Conversation(begin, inputs)
-                if broken is not None:
-                    talk.carry_on(broken)
-                try:
-                    results = streams.converse(method, talk, attempts.left())
+            lost = False
+            try:
+                with self._staged(call) as (inputs, segment):
+                    shards = self._num_shards(call, inputs)
+                    talk = streams.Conversation(begin, inputs, self._wire, shards, call.on_layer)
+                    if broken is not None:
+                        talk.carry_on(broken)
+                    methods = self._methods(call.service, call.method, shards)
+                    try:
+                        results = streams.converse(methods, talk, attempts.left())
+                    except errors.DynSplitError as error:
+                        lost = segment is not None and segment.lost_by(error)
+                        raise
                     results.road = self._stage.inline if segment is None else segment.kind
                     return results
-                except errors.DynSplitError as error:
-                    lost = segment is not None and segment.lost_by(error)
-                    wait = attempts.wait_after(error, again=lost)
-            if call.resume is not None:
+            except errors.DynSplitError as error:
+                wait = attempts.wait_after(error, again=lost)
+            if call.resume is not None and talk is not None:
                 begin, broken = call.resume(talk), talk
             time.sleep(wait)
+
+    def _num_shards(self, call: Stream[T], inputs: Sequence[streams.Input]) -> int:
+        wanted = self._wanted_shards(call, inputs)
+        return wanted if wanted == 1 else max(1, min(wanted, self._server_has().max_shards))
 
     @contextlib.contextmanager
     def _staged(self, call: Stream[T]) -> Iterator[tuple[Sequence[streams.Input], Segment | None]]:
         """The call's inputs on the road that was chosen for them."""
-        kind = None
+        kinds = []
         if self._stage.needs_planes(call.inputs):
-            kind = self._stage.choose(call.inputs, self._data_planes())
-        if kind is None:
-            yield [entry.on_host() for entry in call.inputs], None
-            return
-        segment = None
-        try:
-            segment = self._stage.acquire(kind, call.inputs)
-            registration = segment.registration(self._context)
-            if registration is not None:
-                segment.registered(self._run(registration))
-        except (*CANNOT_SHARE, OSError):
-            if segment is not None:
-                segment.close()
-            if not self._stage.failed(kind):
-                raise
-        else:
+            kinds = self._stage.choose(call.inputs, self._server_has().data_planes)
+        for kind in kinds:
+            segment = self._shared(kind, call.inputs)
+            if segment is None:
+                continue
             try:
                 yield segment.fill(call.inputs), segment
             finally:
-                self._stage.release(segment)
+                self._discard(self._stage.release(segment))
             return
-        yield [entry.on_host() for entry in call.inputs], None
+        yield streams.on_host(call.inputs), None
 
-    def _data_planes(self) -> list[int]:
-        if self._planes is None:
+    def _shared(self, kind: str, inputs: Sequence[streams.Input]) -> Segment | None:
+        """A registered segment for the inputs; None where the next road is to be tried."""
+        segment = None
+        try:
+            segment = self._stage.acquire(kind, inputs)
+            registration = segment.registration(self._context, self._owner_token())
+            if registration is not None:
+                segment.registered(self._run(registration))
+            return segment
+        except CANNOT_SHARE as error:
+            if segment is not None:
+                self._discard([segment])
+            # An owner that is gone says nothing about the memory.
+            owned = self._owner is None or self._owner.attached
+            self._stage.failed(kind, error, for_good=owned)
+            return None
+
+    def _discard(self, segments: Sequence[Segment]) -> None:
+        for segment in segments:
+            if segment.place is not None:
+                with contextlib.suppress(errors.DynSplitError):  # its lease ends anyhow
+                    self.unregister_region(segment.place.name, segment.place.generation)
+            segment.memory.close()
+
+    def _owner_token(self) -> bytes:
+        """Of the owner of this client's segments; empty where the server has none."""
+        with self._owner_mu:
+            if not self._ownerless and (self._owner is None or not self._owner.attached):
+                try:
+                    self._owner = self.attach()
+                except (errors.UnsupportedError, errors.ExhaustedError):
+                    self._owner, self._ownerless = None, True
+            return b"" if self._owner is None else self._owner.token
+
+    def _server_has(self) -> info_pb2.Capabilities:
+        if self._capabilities is None:
             try:
                 answer = self._unary(info.server_info(self._context), Retry(attempts=1))
-                self._planes = list(answer.capabilities.data_planes)
+                self._capabilities = answer.capabilities
             except errors.UnsupportedError:  # a server without the Info service
-                self._planes = []
+                self._capabilities = info_pb2.Capabilities()
             except errors.AWAY:
                 if self._stage.forced:
                     raise
-                return []  # the call itself will say so, if it is still true
-        return self._planes
+                return info_pb2.Capabilities()  # the call itself will say so, if still true
+        return self._capabilities

@@ -4,13 +4,15 @@
 Letters in shapes: T tokens, L layers, Hq query heads, Hkv KV heads, D head dimension, W queries of
 a layer, B semantic blocks. `keys`, `values` and `queries` are sequences of L tensors, or one tensor
 whose first axis is L; each may be of numpy, of torch on any device, or in a region. Tensors that
-are dense in another order of axes (such as [Hkv, T, D] transposed) travel as they lie.
+are dense in another order of axes (such as [Hkv, T, D] transposed) travel as they lie; `AxisTensor`
+names the axes of paged and packed ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ import numpy.typing as npt
 
 from dynsplit import errors, results, streams, tensors
 from dynsplit.calls import Context, OnError, Stream
+from dynsplit.inputs import Tensors, inputs_of
 from dynsplit.policies import as_policy
 from dynsplit.results import Compressed, CompressedLayer, Room
 from dynsplit.tensors import Tensor
@@ -25,30 +28,21 @@ from dynsplit.v1 import compression_pb2, types_pb2
 
 _MAX_QUERIES = 1024
 
-Tensors = Sequence[Tensor] | Tensor
 Policy = types_pb2.Policy | str | None
-
-# Optional tensors of a layer by argument, in the order of sending: what scoring waits for first.
-_EVIDENCE = {
-    "queries": types_pb2.TENSOR_KIND_QUERIES,
-    "log_sum_exp": types_pb2.TENSOR_KIND_LOG_SUM_EXP,
-    "accumulated_scores": types_pb2.TENSOR_KIND_ACCUMULATED_SCORES,
-    "keys": types_pb2.TENSOR_KIND_KEY,
-    "key_scales": types_pb2.TENSOR_KIND_KEY_SCALES,
-    "values": types_pb2.TENSOR_KIND_VALUE,
-    "value_scales": types_pb2.TENSOR_KIND_VALUE_SCALES,
-}
+OnLayer = Callable[[CompressedLayer], None]
 
 
 def compress(
     context: Context,
     token_ids: npt.ArrayLike | None,
     keys: Tensors,
-    values: Tensors,
+    values: Tensors | None,
     *,
     policy: Policy = None,
     queries: Tensors | None = None,
     num_query_heads: int | None = None,
+    block_table: npt.ArrayLike | None = None,
+    num_tokens: int | None = None,
     log_sum_exp: Tensors | None = None,
     accumulated_scores: Tensors | None = None,
     key_scales: Tensors | None = None,
@@ -60,6 +54,7 @@ def compress(
     session_policy: Policy = None,
     dtype: str | None = None,
     output: Room | None = None,
+    on_layer: OnLayer | None = None,
     on_error: OnError | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
@@ -71,11 +66,14 @@ def compress(
         token_ids: int32 [T]; None only where the segmentation does not read them.
         keys: [T, Hkv, D] a layer, after RoPE; float32, float16, bfloat16, or fp8 and int8 with
             scales.
-        values: [T, Hkv, D] a layer.
+        values: [T, Hkv, D] a layer; None where `keys` holds both (`AxisTensor`).
         policy: see `dynsplit.policy`, or a preset's name; None = "dynsplit" as the server has it.
         queries: [W, Hq, D] a layer, after RoPE, of the last W tokens (the last 1024 are sent where
             there are more): what scores by attention and the receipt are measured with.
         num_query_heads: Hq, where there are no queries to tell; default Hkv.
+        block_table: int32 [ceil(T / page's slots)], physical page of each page of paged K and V
+            (`AxisTensor`), the same for all layers.
+        num_tokens: T, for paged K and V without token ids.
         log_sum_exp: float32 [W, Hq] a layer, of those queries over all keys (Scoring.lse_base).
         accumulated_scores: float32 [Hq, T] or [Hkv, T] a layer, attention received (H2O).
         key_scales: float32 [Hkv] or [T, Hkv] a layer, for fp8 and int8 keys.
@@ -88,8 +86,11 @@ def compress(
         dtype: what arrays of unsigned integers hold: "bfloat16" in uint16, "float8_e4m3fn" in
             uint8.
         output: where the layers' tensors go instead of into the stream, from its begin on: a
-            `HostRegion` with room for them, in use until the result is not (its arrays are views).
-            InvalidRequestError names the bytes needed where it is too small.
+            `HostRegion` or `DeviceRegion` with room for them, in use until the result is not (its
+            arrays are views). InvalidRequestError names the bytes needed where it is too small.
+        on_layer: takes each layer as soon as all of it is here, in ascending order, while later
+            ones are still computed; the result has them too. Called between reads of the stream:
+            what takes long belongs elsewhere. What it raises ends the call.
         on_error: "passthrough": where the service is away (unavailable, overloaded, too slow,
             faulty), warn with PassthroughWarning and return the caller's K and V as the result,
             with `passed_through` and `error` set. Errors of the request are raised in any case.
@@ -113,7 +114,8 @@ def compress(
         "values": values,
         "value_scales": value_scales,
     }
-    begin, inputs = _request(context, token_ids, evidence, num_query_heads, dtype)
+    sequence = _Sequence(token_ids, num_query_heads, num_tokens, block_table)
+    begin, inputs = _request(context, sequence, evidence, dtype)
     _fill(begin, policy, rope, request_id)
     begin.shadow, begin.no_receipt = shadow, not receipt
     _place(begin, output)
@@ -137,6 +139,7 @@ def compress(
         repeatable=keep is None,
         passthrough=passthrough if (on_error or context.on_error) == "passthrough" else None,
         timeout_seconds=timeout_seconds,
+        on_layer=results.delivery(on_layer, begin.shape, like, output),
     )
 
 
@@ -149,9 +152,13 @@ def plan(
     values: Tensors | None = None,
     queries: Tensors | None = None,
     num_query_heads: int | None = None,
+    block_table: npt.ArrayLike | None = None,
     log_sum_exp: Tensors | None = None,
     accumulated_scores: Tensors | None = None,
+    key_scales: Tensors | None = None,
+    value_scales: Tensors | None = None,
     policy: Policy = None,
+    rope: types_pb2.Rope | None = None,
     receipt: bool = True,
     dtype: str | None = None,
     request_id: str = "",
@@ -167,9 +174,13 @@ def plan(
         values: not needed; where present they sharpen the receipt.
         queries: as in `compress`.
         num_query_heads: as in `compress`.
+        block_table: as in `compress`.
         log_sum_exp: as in `compress`.
         accumulated_scores: as in `compress`.
+        key_scales: as in `compress`.
+        value_scales: as in `compress`.
         policy: as in `compress`.
+        rope: as in `compress`.
         receipt: as in `compress`.
         dtype: as in `compress`.
         request_id: as in `compress`.
@@ -184,10 +195,13 @@ def plan(
         "log_sum_exp": log_sum_exp,
         "accumulated_scores": accumulated_scores,
         "keys": keys,
+        "key_scales": key_scales,
         "values": values,
+        "value_scales": value_scales,
     }
-    begin, inputs = _request(context, token_ids, evidence, num_query_heads, dtype, shape)
-    _fill(begin, policy, None, request_id)
+    sequence = _Sequence(token_ids, num_query_heads, None, block_table, shape)
+    begin, inputs = _request(context, sequence, evidence, dtype)
+    _fill(begin, policy, rope, request_id)
     begin.no_receipt = not receipt
     return Stream(
         "Compression",
@@ -204,14 +218,16 @@ def apply(
     context: Context,
     planned: Compressed,
     keys: Tensors,
-    values: Tensors,
+    values: Tensors | None,
     *,
     queries: Tensors | None = None,
+    block_table: npt.ArrayLike | None = None,
     key_scales: Tensors | None = None,
     value_scales: Tensors | None = None,
     rope: types_pb2.Rope | None = None,
     dtype: str | None = None,
     output: Room | None = None,
+    on_layer: OnLayer | None = None,
     request_id: str = "",
     timeout_seconds: float | None = None,
 ) -> Stream[Compressed]:
@@ -224,11 +240,13 @@ def apply(
         keys: as in `compress`.
         values: as in `compress`.
         queries: for a receipt.
+        block_table: as in `compress`.
         key_scales: as in `compress`.
         value_scales: as in `compress`.
         rope: as in `compress`.
         dtype: as in `compress`.
         output: as in `compress`.
+        on_layer: as in `compress`.
         request_id: as in `compress`.
         timeout_seconds: as in `compress`.
     """
@@ -239,8 +257,8 @@ def apply(
         "values": values,
         "value_scales": value_scales,
     }
-    heads = planned.plan.shape.num_query_heads
-    begin, inputs = _request(context, None, evidence, heads, dtype)
+    sequence = _Sequence(None, None, None, block_table, planned.plan.shape)
+    begin, inputs = _request(context, sequence, evidence, dtype)
     _fill(begin, planned.plan.policy, rope, request_id)
     begin.plan.CopyFrom(planned.plan)
     _place(begin, output)
@@ -259,6 +277,7 @@ def apply(
         lambda done: results.assemble(done, like=like, rope=rope, output=output),
         repeatable=True,
         timeout_seconds=timeout_seconds,
+        on_layer=results.delivery(on_layer, begin.shape, like, output),
     )
 
 
@@ -292,7 +311,8 @@ def calibrate(
         timeout_seconds: as in `compress`.
     """
     evidence = {"queries": queries, "keys": keys}
-    begin, inputs = _request(context, token_ids, evidence, None, dtype, limit_queries=False)
+    sequence = _Sequence(token_ids, None, None, None)
+    begin, inputs = _request(context, sequence, evidence, dtype, limit_queries=False)
     if profile:
         begin.policy.segmentation.profile = profile
     if options is not None:
@@ -389,53 +409,70 @@ def _place(begin: compression_pb2.Begin, output: Room | None) -> None:
 
 
 def _kind_of(tensor: Tensors) -> tensors.Array:
-    first: Any = tensor[0]  # type: ignore[index]
+    first: Any = tensor[0]
+    first = first.tensor if isinstance(first, tensors.AxisTensor) else first
     return first if tensors.is_torch(first) else None
 
 
-def _request(
-    context: Context,
-    token_ids: npt.ArrayLike | None,
-    evidence: Mapping[str, Tensors | None],
-    num_query_heads: int | None,
-    dtype: str | None,
-    shape: types_pb2.SequenceShape | None = None,
-    limit_queries: bool = True,
-) -> tuple[compression_pb2.Begin, list[streams.Input]]:
-    """Begin with tenant and shape, and the tensors in the order of sending."""
-    given: dict[str, Any] = {name: part for name, part in evidence.items() if part is not None}
-    keys = given.get("keys")
-    if shape is None:
+@dataclasses.dataclass(frozen=True)
+class _Sequence:
+    """What a call says of its sequence apart from the layers' tensors."""
+
+    token_ids: npt.ArrayLike | None
+    num_query_heads: int | None
+    num_tokens: int | None
+    block_table: npt.ArrayLike | None
+    shape: types_pb2.SequenceShape | None = None
+
+    def shape_of(self, given: Mapping[str, Any]) -> types_pb2.SequenceShape:
+        """As it was given, or as the keys tell."""
+        if self.shape is not None:
+            return self.shape
+        keys, query_heads = given.get("keys"), self.num_query_heads
         if keys is None:
             raise ValueError("without keys the shape must be given")
-        if num_query_heads is None and "queries" in given:
-            num_query_heads = given["queries"][0].shape[1]
-        tokens, kv_heads, dim = keys[0].shape
-        shape = types_pb2.SequenceShape(
+        if query_heads is None and "queries" in given:
+            query_heads = given["queries"][0].shape[1]
+        tokens, kv_heads, dim = tensors.sequence_axes(keys[0])
+        if tokens is None and self.token_ids is not None:
+            tokens = len(np.asarray(self.token_ids))
+        tokens = self.num_tokens or tokens
+        if tokens is None:
+            raise ValueError(
+                "paged keys do not tell the number of tokens: num_tokens must be given"
+            )
+        return types_pb2.SequenceShape(
             num_layers=len(keys),
-            num_query_heads=num_query_heads or kv_heads,
+            num_query_heads=query_heads or kv_heads,
             num_kv_heads=kv_heads,
             num_tokens=tokens,
             head_dim=dim,
         )
-    for name, part in given.items():
-        if len(part) != shape.num_layers:
-            raise ValueError(f"{name} has {len(part)} layers, not {shape.num_layers}")
-    begin = compression_pb2.Begin(tenant=context.tenant, shape=shape)
-    inputs = []
-    if token_ids is not None:
-        ids = np.ascontiguousarray(token_ids, np.int32)
-        inputs.append(streams.Input.of(types_pb2.TENSOR_KIND_TOKEN_IDS, None, ids, None))
-    for layer in range(shape.num_layers):
-        for name, kind in _EVIDENCE.items():
-            if name not in given:
-                continue
-            tensor = given[name][layer]
-            if limit_queries and name in ("queries", "log_sum_exp"):
-                tensor = _last_rows(tensor)
-            scaled = name in ("keys", "values", "queries")
-            inputs.append(streams.Input.of(kind, layer, tensor, dtype if scaled else None))
-    return begin, inputs
+
+
+def _request(
+    context: Context,
+    sequence: _Sequence,
+    evidence: Mapping[str, Tensors | None],
+    dtype: str | None,
+    limit_queries: bool = True,
+) -> tuple[compression_pb2.Begin, list[streams.Input]]:
+    """Begin with tenant and shape, and the tensors in the order of sending."""
+    given: dict[str, Any] = {name: part for name, part in evidence.items() if part is not None}
+    shape = sequence.shape_of(given)
+    if limit_queries:
+        for name in ("queries", "log_sum_exp"):
+            if name in given:
+                given[name] = [_last_rows(tensor) for tensor in given[name]]
+    ids = sequence.token_ids
+    inputs = inputs_of(
+        None if ids is None else np.ascontiguousarray(ids, np.int32),
+        given,
+        shape.num_layers,
+        dtype,
+        sequence.block_table,
+    )
+    return compression_pb2.Begin(tenant=context.tenant, shape=shape), inputs
 
 
 def _last_rows(tensor: Tensor) -> Tensor:
@@ -457,16 +494,16 @@ def _passed_through(
         decision = made.layers.add(
             layer=layer, num_groups=1, num_kept_tokens=shape.num_tokens, dense=True
         )
-        key, value = keys[layer], values[layer]
-        in_region = isinstance(key, tensors.RegionTensor)
+        key, value = keys[layer], None if values is None else values[layer]
+        elsewhere = isinstance(key, tensors.RegionTensor | tensors.AxisTensor)
         layers.append(
             CompressedLayer(
                 layer=layer,
                 plan=decision,
                 receipt=None,
                 tokens=tokens,
-                key_pages=key if in_region else key[None],
-                value_pages=value if in_region else value[None],
+                key_pages=key if elsewhere else key[None],
+                value_pages=value if elsewhere or value is None else value[None],
             )
         )
     return Compressed(

@@ -5,6 +5,7 @@ Bindings of libdynsplit_engine.so (cuda/engine/dynsplit_engine.h). Shapes: b seq
 heads, Hkv KV heads, D head dimension, n chosen rows, M rows of the tail.
 
     engine = Engine("lib/libdynsplit_engine.so")
+    client = dynsplit.Client(engine=engine)  # calls with torch tensors take the road "cuda-ipc"
     session = engine.map(client, session_id)
     out = engine.attend(q, [session.keys[layer]], [session.values[layer]], tokens, tail_k, tail_v)
 """
@@ -21,12 +22,18 @@ from typing import Any, Self
 import torch
 
 from dynsplit.client import Client
-from dynsplit.tensors import RegionSlice
-from dynsplit.v1 import types_pb2
+from dynsplit.errors import EngineError
+from dynsplit.memory import RegionOwner, Source
+from dynsplit.shared import Region
+from dynsplit.v1 import sessions_pb2, types_pb2
+
+__all__ = ["DeviceMemory", "DeviceRegion", "Engine", "EngineError", "MappedSession"]
 
 _HANDLE_BYTES = 64
 _UUID_BYTES = 16
 _MAX_ITEMS = 1024  # of one call, workspace is for so many
+# CUDA shares whole blocks of that size with the process that opens a handle.
+_BLOCK_BYTES = 2 << 20
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _WIRE_DTYPES: dict[int, torch.dtype] = {
@@ -34,10 +41,6 @@ _WIRE_DTYPES: dict[int, torch.dtype] = {
     types_pb2.DTYPE_FLOAT16: torch.float16,
     types_pb2.DTYPE_BFLOAT16: torch.bfloat16,
 }
-
-
-class EngineError(Exception):
-    """The library refused a call, or CUDA did."""
 
 
 class _Shape(ctypes.Structure):
@@ -94,7 +97,7 @@ def _rows(tensor: torch.Tensor) -> _Rows:
 
 
 class DeviceMemory:
-    """Bytes on the device that do not belong to torch: an allocation, or another process's."""
+    """Bytes on the engine's device that do not belong to torch: ours, or another process's."""
 
     def __init__(self, engine: Engine, address: int, byte_size: int, handle: bytes | None) -> None:
         """Made by `Engine`; `handle` is that of our own allocation, None for a mapped one."""
@@ -105,7 +108,7 @@ class DeviceMemory:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """As uint8 [byte_size]: torch.as_tensor(memory, device="cuda") is a view of it."""
+        """As uint8 [byte_size]: torch.as_tensor(memory, device=...) is a view of it."""
         return {
             "shape": (self.byte_size,),
             "typestr": "|u1",
@@ -114,15 +117,38 @@ class DeviceMemory:
             "strides": None,
         }
 
+    def source(self, *, renew: bool = False) -> Source:
+        """Handle and device; see `dynsplit.memory.Shareable`.
+
+        Raises:
+            ValueError: it is another process's memory, or closed.
+        """
+        if self.handle is None or not self._address:
+            raise ValueError("only memory made by Engine.allocate can be shared")
+        return {"cuda_ipc": (self.handle, self._engine.device_uuid())}
+
+    def bytes_at(self, offset_bytes: int, byte_size: int) -> torch.Tensor:
+        """uint8 [byte_size], a view."""
+        data = torch.as_tensor(self, device=self._engine.device)
+        return data[offset_bytes : offset_bytes + byte_size]
+
+    def tensor(self, dtype: torch.dtype, *shape: int, offset_bytes: int = 0) -> torch.Tensor:
+        """The memory from `offset_bytes` on, as a tensor of that type and shape; a view."""
+        size = math.prod(shape) * dtype.itemsize
+        return self.bytes_at(offset_bytes, size).view(dtype).view(shape)
+
     def close(self) -> None:
-        """Frees or unmaps, waiting for the device; tensors of it must not be used any more."""
+        """Frees or unmaps, waiting for the device; tensors of it must not be used any more.
+
+        Memory that a server has registered is to be unregistered first.
+        """
         address, self._address = self._address, 0
         if address:
             self._engine.give_back(address, mapped=self.handle is None)
 
 
-class MappedSession:
-    """K and V of a session, read where the service keeps them.
+class SessionView:
+    """K and V of a session where the service keeps them, by what `Client.map` answered.
 
     Attributes:
         keys: L tensors [capacity, Hkv, D], views of the service's memory; rows behind the session's
@@ -130,16 +156,18 @@ class MappedSession:
         values: likewise.
     """
 
-    def __init__(self, engine: Engine, client: Client, session_id: str) -> None:
-        """Maps; raises EngineError, UnsupportedError or ValueError (K and V rest quantised)."""
-        self._client, self._session_id = client, session_id
-        mapping = client.map(session_id)
-        self._memory: DeviceMemory | None = None
+    def __init__(self, engine: Engine, mapping: sessions_pb2.SessionMapping) -> None:
+        """Opens the memory.
+
+        Raises:
+            EngineError: it lies on another device, or CUDA refuses it.
+            ValueError: K and V rest quantised.
+        """
+        if mapping.device_uuid != engine.device_uuid():
+            raise EngineError("the session lies on another device")
+        self._memory = engine.open(mapping.handle, mapping.byte_size)
         try:
-            if mapping.device_uuid != engine.device_uuid():
-                raise EngineError("the session lies on another device")
-            self._memory = engine.open(mapping.handle, mapping.byte_size)
-            data = torch.as_tensor(self._memory, device="cuda")
+            data = self._memory.bytes_at(0, mapping.byte_size)
             shape = mapping.session.shape
             size = (mapping.capacity_tokens, shape.num_kv_heads, shape.head_dim)
             self.keys, self.values = (
@@ -150,14 +178,41 @@ class MappedSession:
                 )
             )
         except BaseException:
-            self.close()
+            self._memory.close()
             raise
 
     def close(self) -> None:
-        """Unmaps here, then lets the service know."""
+        """Closes the memory; `Client.unmap` then lets the service know."""
         self.keys, self.values = [], []
-        if self._memory is not None:
-            self._memory.close()
+        self._memory.close()
+
+
+class MappedSession:
+    """A mapping and its view, given back together; see `SessionView` for `keys` and `values`."""
+
+    def __init__(self, engine: Engine, client: Client, session_id: str) -> None:
+        """Maps; raises what `Client.map` and `SessionView` do."""
+        self._client, self._session_id = client, session_id
+        mapping = client.map(session_id)
+        try:
+            self._view = SessionView(engine, mapping)
+        except BaseException:
+            client.unmap(session_id)
+            raise
+
+    @property
+    def keys(self) -> list[torch.Tensor]:
+        """L tensors [capacity, Hkv, D]."""
+        return self._view.keys
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """L tensors [capacity, Hkv, D]."""
+        return self._view.values
+
+    def close(self) -> None:
+        """Unmaps here, then lets the service know."""
+        self._view.close()
         self._client.unmap(self._session_id)
 
     def __enter__(self) -> Self:
@@ -186,59 +241,65 @@ def _view(
     return part.view(heads, capacity, row_bytes // dtype.itemsize)[:, :, :dim].transpose(0, 1)
 
 
-class DeviceRegion:
+class DeviceRegion(Region):
     """Device memory, made here and registered with the server."""
 
     def __init__(
-        self, client: Client, engine: Engine, byte_size: int, lease_seconds: int = 0
+        self,
+        client: Client,
+        engine: Engine,
+        byte_size: int,
+        lease_seconds: int = 0,
+        *,
+        owner: RegionOwner | None = None,
     ) -> None:
         """Allocates and registers; the server may write into it.
+
+        Args:
+            client: whose server to share with; must outlive the region.
+            engine: on the server's GPU.
+            byte_size: > 0.
+            lease_seconds: see `Client.register_region`.
+            owner: see `Client.register_region`.
 
         Raises:
             EngineError: no device memory to be had.
             DynSplitError: the server refused it.
         """
-        self._client = client
-        self.memory = engine.allocate(byte_size)
-        handle = self.memory.handle or b""
-        try:
-            self.place: RegionSlice = client.register_region(
-                f"engine-{handle.hex()[:24]}-{id(self.memory):x}",
-                byte_size,
-                cuda_ipc=(handle, engine.device_uuid()),
-                writable=True,
-                lease_seconds=lease_seconds,
-            )
-        except BaseException:
-            self.memory.close()
-            raise
+        self._device = engine.allocate(byte_size)
+        super().__init__(client, self._device, lease_seconds=lease_seconds, owner=owner)
 
     def tensor(self, dtype: torch.dtype, *shape: int, offset_bytes: int = 0) -> torch.Tensor:
-        """The memory from `offset_bytes` on, as a tensor of that type and shape."""
-        end = offset_bytes + math.prod(shape) * dtype.itemsize
-        data = torch.as_tensor(self.memory, device="cuda")
-        return data[offset_bytes:end].view(dtype).view(shape)
+        """The memory from `offset_bytes` on, as a tensor of that type and shape.
 
-    def close(self) -> None:
-        """Unregisters, then frees; tensors of it must not be used any more."""
-        self._client.unregister_region(self.place.name, self.place.generation)
-        self.memory.close()
+        Not to be used after `close`.
+        """
+        return self._device.tensor(dtype, *shape, offset_bytes=offset_bytes)
 
 
 class Engine:
-    """The library, on torch's device 0.
+    """The library, on one device of torch's.
 
     Methods may be called from several threads, but `attend` on one stream at a time: its calls
     share a workspace.
     """
 
-    def __init__(self, path: str | Path | None = None) -> None:
-        """Loads the library, from the loader's search path where no path is given.
+    def __init__(
+        self, path: str | Path | None = None, device: torch.device | str | int | None = None
+    ) -> None:
+        """Loads the library.
+
+        Args:
+            path: of libdynsplit_engine.so; None = the loader's search path.
+            device: the GPU that memory is made and attended on; None = torch's current one.
 
         Raises:
-            OSError: it is not there.
+            OSError: the library is not there.
+            RuntimeError: torch has no such GPU.
         """
         torch.cuda.init()  # type: ignore[no-untyped-call]
+        number = torch.cuda.current_device() if device is None else torch.device(device).index
+        self.device = torch.device("cuda", number or 0)
         self._library = ctypes.CDLL(str(path or "libdynsplit_engine.so"))
         self._library.dynsplit_engine_error.restype = ctypes.c_char_p
         self._library.dynsplit_attend.argtypes = [
@@ -252,38 +313,37 @@ class Engine:
         self._workspaces: dict[tuple[int, ...], torch.Tensor] = {}
         self._uuid: bytes | None = None
 
-    def _check(self, code: int) -> None:
-        if code != 0:
-            raise EngineError(self._library.dynsplit_engine_error().decode())
+    def _call(self, name: str, *arguments: Any) -> None:
+        """A function of the library, which works on the calling thread's current device."""
+        with torch.cuda.device(self.device):
+            if getattr(self._library, name)(*arguments) != 0:
+                raise EngineError(self._library.dynsplit_engine_error().decode())
 
     def device_uuid(self) -> bytes:
         """16 bytes, as the service names devices."""
         if self._uuid is None:
             uuid = (ctypes.c_ubyte * _UUID_BYTES)()
-            self._check(self._library.dynsplit_device_uuid(uuid))
+            self._call("dynsplit_device_uuid", uuid)
             self._uuid = bytes(uuid)
         return self._uuid
 
     def allocate(self, byte_size: int) -> DeviceMemory:
-        """Device memory that other processes can map by its handle."""
+        """Device memory that other processes can map by its handle; > 0 bytes, not zeroed."""
+        whole = math.ceil(byte_size / _BLOCK_BYTES) * _BLOCK_BYTES
         address, handle = ctypes.c_void_p(), (ctypes.c_ubyte * _HANDLE_BYTES)()
-        self._check(
-            self._library.dynsplit_allocate(
-                ctypes.c_int64(byte_size), ctypes.byref(address), handle
-            )
-        )
+        self._call("dynsplit_allocate", ctypes.c_int64(whole), ctypes.byref(address), handle)
         return DeviceMemory(self, address.value or 0, byte_size, bytes(handle))
 
     def open(self, handle: bytes, byte_size: int) -> DeviceMemory:
         """Another process's allocation, from its begin; once at a time in this process."""
         address, raw = ctypes.c_void_p(), (ctypes.c_ubyte * _HANDLE_BYTES)(*handle)
-        self._check(self._library.dynsplit_open_ipc(raw, ctypes.byref(address)))
+        self._call("dynsplit_open_ipc", raw, ctypes.byref(address))
         return DeviceMemory(self, address.value or 0, byte_size, None)
 
     def give_back(self, address: int, *, mapped: bool) -> None:
         """Unmaps or frees; `DeviceMemory.close` calls it."""
-        free = self._library.dynsplit_close_ipc if mapped else self._library.dynsplit_free
-        self._check(free(ctypes.c_void_p(address)))
+        name = "dynsplit_close_ipc" if mapped else "dynsplit_free"
+        self._call(name, ctypes.c_void_p(address))
 
     def map(self, client: Client, session_id: str) -> MappedSession:
         """K and V of a session that lies on this device."""
@@ -351,15 +411,14 @@ class Engine:
                 )
             item.output = out[index].data_ptr()
         workspace = self._workspace(shape)
-        self._check(
-            self._library.dynsplit_attend(
-                ctypes.byref(shape),
-                items,
-                batch,
-                workspace.data_ptr(),
-                workspace.nbytes,
-                torch.cuda.current_stream().cuda_stream,
-            )
+        self._call(
+            "dynsplit_attend",
+            ctypes.byref(shape),
+            items,
+            batch,
+            workspace.data_ptr(),
+            workspace.nbytes,
+            torch.cuda.current_stream(self.device).cuda_stream,
         )
         return out
 
@@ -369,10 +428,13 @@ class Engine:
             if torch.cuda.is_current_stream_capturing():
                 raise EngineError("the first call of a shape allocates: not inside a capture")
             num_bytes = ctypes.c_int64()
-            self._check(
-                self._library.dynsplit_attend_workspace_bytes(
-                    ctypes.byref(shape), ctypes.c_int64(_MAX_ITEMS), ctypes.byref(num_bytes)
-                )
+            self._call(
+                "dynsplit_attend_workspace_bytes",
+                ctypes.byref(shape),
+                ctypes.c_int64(_MAX_ITEMS),
+                ctypes.byref(num_bytes),
             )
-            self._workspaces[key] = torch.empty(num_bytes.value, dtype=torch.uint8, device="cuda")
+            self._workspaces[key] = torch.empty(
+                num_bytes.value, dtype=torch.uint8, device=self.device
+            )
         return self._workspaces[key]

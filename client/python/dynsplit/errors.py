@@ -120,6 +120,10 @@ class UnavailableError(DynSplitError):
     """UNAVAILABLE."""
 
 
+class EngineError(Exception):
+    """The engine library (`dynsplit.engine`) refused a call, or CUDA did."""
+
+
 class PassthroughWarning(UserWarning):
     """A call returned the caller's own tensors, because the service could not do its work."""
 

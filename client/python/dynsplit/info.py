@@ -80,25 +80,32 @@ def advise(
     time_to_first_token_seconds: float = 0.0,
     evidence: Sequence[types_pb2.Evidence] = (),
     min_retained_attention_mass: float = 0.0,
+    max_expected_divergence: float = 0.0,
     dtype: str = "bfloat16",
     session: types_pb2.SessionOptions | None = None,
     session_policy: types_pb2.Policy | str | None = None,
 ) -> Unary[info_pb2.AdviseResponse]:
     """From model, context, link and goal to a policy, or to "do not compress".
 
+    The answer (proto AdviseResponse) has `compress`, the `policy` to pass on, the seconds of both
+    ways, the expected receipt and divergence, and the `reason` in one sentence.
+
     Args:
         context: of the client.
         shape: model and context.
         link_bytes_per_second: between prefill and decode, > 0.
-        time_to_first_token_seconds: goal, from the end of prefill; 0 = as soon as possible.
+        time_to_first_token_seconds: goal, from the end of prefill; 0 = as soon as possible, with
+            the fewest tokens that are acceptable.
         evidence: that the engine can supply.
-        min_retained_attention_mass: smallest acceptable, in [0, 1]; 0 = the server's default.
+        min_retained_attention_mass: smallest acceptable, in [0, 1]; 0 = the server's default (0.9).
+        max_expected_divergence: largest acceptable, nats a token; 0 = any.
         dtype: type of K and V.
         session: predict the memory of such a session instead (`session_bytes` is shorter).
         session_policy: of that session.
 
     Raises:
-        UnsupportedError: the server does not advise on that.
+        InvalidRequestError: a field is out of range.
+        UnsupportedError: the server reads no such evidence.
     """
     request = info_pb2.AdviseRequest(
         shape=shape,
@@ -107,6 +114,7 @@ def advise(
         time_to_first_token_seconds=time_to_first_token_seconds,
         evidence=evidence,
         min_retained_attention_mass=min_retained_attention_mass,
+        max_expected_divergence=max_expected_divergence,
         session=session,
         session_policy=as_policy(session_policy),
     )

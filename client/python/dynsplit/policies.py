@@ -33,6 +33,7 @@ def policy(
     pooling_kernel: int | None = None,
     pooling: str | None = None,
     block_reduction: str | None = None,
+    query_reduction: str | None = None,
     lse_base: str | None = None,
     softmax_scale: float | None = None,
     refinement_factor: int | None = None,
@@ -49,6 +50,7 @@ def policy(
     positions: str | None = None,
     min_retained_attention_mass: float | None = None,
     max_output_relative_error: float | None = None,
+    max_expected_divergence: float | None = None,
     max_kept_ratio: float | None = None,
     allow_fallback: bool = False,
     page_size: int | None = None,
@@ -73,6 +75,8 @@ def policy(
         pooling_kernel: smoothing over tokens, odd; 1 = none.
         pooling: "average" or "max".
         block_reduction: token scores to block score: "mean", "sum", "max".
+        query_reduction: attention of the window's queries to token score: "mean" or
+            "root_mean_square".
         lse_base: base of supplied log-sum-exp: "e" or "2".
         softmax_scale: multiplies q.k; default 1 / sqrt(D).
         refinement_factor: sessions: candidates that blocks propose for every token chosen by its
@@ -90,6 +94,7 @@ def policy(
         positions: "original", or "contiguous": keys re-rotated to 0..n-1 (needs `rope`).
         min_retained_attention_mass: quality floor in [0, 1].
         max_output_relative_error: quality floor.
+        max_expected_divergence: quality floor, nats a token (proto QualityFloor).
         max_kept_ratio: refuse rather than keep more for the floor's sake.
         allow_fallback: take the preset's fallback where evidence is missing.
         page_size: slots of an output page: 16, 32, 64 or 128.
@@ -121,6 +126,7 @@ def policy(
                 "pooling_kernel": pooling_kernel,
                 "pooling": _code(score.Pooling, "POOLING", pooling),
                 "block_reduction": _code(score.BlockReduction, "BLOCK_REDUCTION", block_reduction),
+                "query_reduction": _code(score.QueryReduction, "QUERY_REDUCTION", query_reduction),
                 "lse_base": _code(score.LseBase, "LSE_BASE", lse_base),
                 "softmax_scale": softmax_scale,
                 "refinement_factor": refinement_factor,
@@ -155,6 +161,7 @@ def policy(
             {
                 "min_retained_attention_mass": min_retained_attention_mass,
                 "max_output_relative_error": max_output_relative_error,
+                "max_expected_divergence": max_expected_divergence,
                 "max_kept_ratio": max_kept_ratio,
             },
         ),

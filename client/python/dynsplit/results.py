@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +25,15 @@ _QUANTISED = (types_pb2.DTYPE_FLOAT8_E4M3, types_pb2.DTYPE_FLOAT8_E5M2, types_pb
 
 
 class Room(Protocol):
-    """Host memory registered as writable (`dynsplit.shared.HostRegion`)."""
+    """Memory registered as writable: `dynsplit.shared.Region` and its like."""
 
-    place: tensors.RegionSlice
+    @property
+    def place(self) -> tensors.RegionSlice:
+        """Where it begins."""
+        ...
 
-    def array(self, dtype: npt.DTypeLike, *shape: int, offset_bytes: int = 0) -> npt.NDArray[Any]:
-        """The memory from `offset_bytes` on."""
+    def bytes_at(self, offset_bytes: int, byte_size: int) -> tensors.Array:
+        """uint8 [byte_size], a view of numpy or torch."""
         ...
 
 
@@ -91,7 +94,12 @@ class CompressedLayer:
         return keys, values
 
     def decoded(self) -> tuple[tensors.Array, tensors.Array]:
-        """As `rows`; quantised ones as float32, code times scale."""
+        """As `rows`; quantised ones as float32, code times scale.
+
+        Raises:
+            ImportError: fp8 in numpy, and ml_dtypes is not installed.
+            ValueError: there are no pages.
+        """
         keys, values = self.rows()
         return self._decode(keys, self.key_scales), self._decode(values, self.value_scales)
 
@@ -100,6 +108,8 @@ class CompressedLayer:
             return rows
         if scales.ndim == 3:
             scales = scales.reshape(-1, scales.shape[-1])[: self.num_kept]
+        if not tensors.is_torch(rows) and rows.dtype == np.uint8:
+            raise ImportError("decoding fp8 in numpy needs the package ml_dtypes")
         exact = rows.float() if tensors.is_torch(rows) else rows.astype(np.float32)
         return exact * scales[..., None]
 
@@ -323,6 +333,29 @@ def assemble(
     )
 
 
+def delivery(
+    on_layer: Callable[[CompressedLayer], None] | None,
+    shape: types_pb2.SequenceShape,
+    like: tensors.Array,
+    output: Room | None,
+) -> Callable[[streams.Results, Any], None] | None:
+    """`on_layer` as a stream calls it: each layer once, however many tries the call takes."""
+    if on_layer is None:
+        return None
+    last = -1
+
+    def deliver(results: streams.Results, entry: compression_pb2.LayerResult) -> None:
+        nonlocal last
+        if entry.plan.layer <= last:
+            return
+        last = entry.plan.layer
+        blocks = results.sequence.num_blocks if results.sequence else 0
+        geometry = (shape, results.accepted.policy.page_size, blocks)
+        on_layer(_layer(entry, results, geometry, like, output))
+
+    return deliver
+
+
 def _layer(
     entry: compression_pb2.LayerResult,
     results: streams.Results,
@@ -342,7 +375,9 @@ def _layer(
         descriptor, dims = found[kind]
         if output is not None and descriptor.HasField("location"):
             size, offset = descriptor.byte_size, descriptor.location.region.offset_bytes
-            data = output.array("u1", size, offset_bytes=offset)
+            data = output.bytes_at(offset, size)
+            if tensors.is_torch(data) and kind != types_pb2.TENSOR_KIND_KEPT_TOKENS:
+                like = data  # a view of the device's memory
         else:
             data = results.tensors[descriptor.id]
         return tensors.from_bytes(data, descriptor.dtype, dims, like)

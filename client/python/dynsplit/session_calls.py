@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations of the services Sessions and Memory; `dynsplit.sessions` says what they are for.
+"""Operations of the service Sessions; `dynsplit.sessions` says what they are for.
 
 Letters in shapes: T tokens, L layers, Hq query heads, Hkv KV heads, D head dimension, W queries a
 layer, n tokens chosen per KV head, `groups` chosen sets a layer (1 or Hkv), B semantic blocks.
@@ -8,7 +8,6 @@ layer, n tokens chosen per KV head, `groups` chosen sets a layer (1 or Hkv), B s
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +16,12 @@ import numpy.typing as npt
 
 from dynsplit import streams, tensors
 from dynsplit.calls import Context, SessionRows, Stream, Unary
+from dynsplit.inputs import Tensors, inputs_of
 from dynsplit.policies import as_policy
 from dynsplit.tensors import RegionSlice, RegionTensor, Tensor, dtype_code, numpy_dtype
 from dynsplit.v1 import (
     compression_pb2,
     info_pb2,
-    memory_pb2,
     sessions_pb2,
     types_pb2,
 )
@@ -147,6 +146,8 @@ class Selection:
     Attributes:
         num_tokens: length of the session when the choice was made.
         tokens_per_head: n, as raised by protection.
+        budget_raised_by_protection: whether it was: sinks, recent tokens and the open block alone
+            are more than the budget.
         tokens: int32 [num_layers, groups, n], ascending; rows of dense layers are -1. None where
             they went into a region.
         dense_layers: layers to be read whole.
@@ -170,6 +171,7 @@ class Selection:
     chosen_rows: int
     moved: list[MovedRows]
     held: npt.NDArray[np.int32] | None
+    budget_raised_by_protection: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,10 +201,13 @@ def _rest_dtype(encoding: int, supplied: str) -> np.dtype[Any]:
 def open(
     context: Context,
     token_ids: npt.ArrayLike,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    keys: Tensors,
+    values: Tensors | None,
     *,
     num_query_heads: int,
+    block_table: npt.ArrayLike | None = None,
+    key_scales: Tensors | None = None,
+    value_scales: Tensors | None = None,
     policy: types_pb2.Policy | str | None = None,
     residence: str = "any",
     reserve_tokens: int = 0,
@@ -218,9 +223,12 @@ def open(
     Args:
         context: of the client.
         token_ids: [T]; the segmentation reads them.
-        keys: L tensors [T, Hkv, D], after RoPE.
-        values: L tensors [T, Hkv, D].
+        keys: [T, Hkv, D] a layer, after RoPE, as in `compress`.
+        values: [T, Hkv, D] a layer; None where `keys` holds both.
         num_query_heads: Hq.
+        block_table: as in `compress`.
+        key_scales: float32 [T, Hkv] a layer, for fp8 and int8 keys.
+        value_scales: likewise.
         policy: see `index_policy`; None = the server's preset of sessions.
         residence: "device", "host" (pinned) or "any" (device where there is room).
         reserve_tokens: room for tokens appended later.
@@ -230,9 +238,18 @@ def open(
         dtype: what arrays of unsigned integers hold, such as "bfloat16".
         request_id: for logs; empty = the server makes one.
         timeout_seconds: deadline of this call; None = the client's.
+
+    Returns:
+        The session as it is, with its id, and the block starts.
+
+    Raises:
+        InvalidRequestError: shape, layout, policy or data; see `violations`.
+        ExhaustedError: quota of sessions or bytes, or no memory, after all tries.
+        UnsupportedError: a policy that sessions do not have.
+        DynSplitError: as `compress`.
     """
     ids = np.ascontiguousarray(token_ids, np.int32)
-    num_kv_heads, head_dim = keys[0].shape[1:]
+    _, num_kv_heads, head_dim = tensors.sequence_axes(keys[0])
     begin = compression_pb2.Begin(
         request_id=request_id,
         tenant=context.tenant,
@@ -252,8 +269,17 @@ def open(
             full_summaries=full_summaries,
         ),
     )
-    inputs = _inputs(ids, keys, values, dtype)
-    types = [inputs[1].tensor.dtype, inputs[2].tensor.dtype]
+    parts = {
+        "keys": keys,
+        "key_scales": key_scales,
+        "values": values,
+        "value_scales": value_scales,
+    }
+    inputs = inputs_of(ids, parts, len(keys), dtype, block_table)
+    types = {entry.kind: entry.tensor.dtype for entry in inputs}
+    both = types.get(types_pb2.TENSOR_KIND_KEY_VALUE, "")
+    key_dtype = types.get(types_pb2.TENSOR_KIND_KEY, both)
+    value_dtype = types.get(types_pb2.TENSOR_KIND_VALUE, both)
 
     def finish(results: streams.Results) -> Stored:
         stored = _stored(results)
@@ -261,8 +287,8 @@ def open(
         context.rows[stored.session_id] = SessionRows(
             num_kv_heads,
             head_dim,
-            _rest_dtype(encoding.key, types[0]),
-            _rest_dtype(encoding.value, types[1]),
+            _rest_dtype(encoding.key, key_dtype),
+            _rest_dtype(encoding.value, value_dtype),
         )
         return stored
 
@@ -294,10 +320,14 @@ def append(
     session_id: str,
     position: int,
     token_ids: npt.ArrayLike,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
+    keys: Tensors,
+    values: Tensors | None,
     *,
+    block_table: npt.ArrayLike | None = None,
+    key_scales: Tensors | None = None,
+    value_scales: Tensors | None = None,
     dtype: str | None = None,
+    request_id: str = "",
     timeout_seconds: float | None = None,
 ) -> Stream[Stored]:
     """Adds tokens behind the end, all or nothing.
@@ -306,35 +336,37 @@ def append(
         context: of the client.
         session_id: the session.
         position: its present length; another one is refused (PreconditionError,
-            APPEND_POSITION).
+            APPEND_POSITION), so that no append is lost or made twice.
         token_ids: [N].
-        keys: L tensors [N, Hkv, D] in the types the session was opened with.
+        keys: [N, Hkv, D] a layer, in the types the session was opened with.
         values: likewise.
+        block_table: as in `compress`, for N tokens.
+        key_scales: as in `open`.
+        value_scales: as in `open`.
         dtype: what arrays of unsigned integers hold, such as "bfloat16".
+        request_id: for logs; empty = the server makes one.
         timeout_seconds: deadline of this call; None = the client's.
+
+    Raises:
+        PreconditionError: APPEND_POSITION, or APPEND_RUNNING: another append has not ended.
+        ExhaustedError: SESSION_FULL: beyond the tokens reserved.
+        NotFoundError: no such session; see `reason`.
+        DynSplitError: as `compress`.
     """
     ids = np.ascontiguousarray(token_ids, np.int32)
     begin = compression_pb2.Begin(
+        request_id=request_id,
         tenant=context.tenant,
         target=compression_pb2.SessionTarget(session_id=session_id, position=position),
     )
-    inputs = _inputs(ids, keys, values, dtype)
+    parts = {
+        "keys": keys,
+        "key_scales": key_scales,
+        "values": values,
+        "value_scales": value_scales,
+    }
+    inputs = inputs_of(ids, parts, len(keys), dtype, block_table)
     return Stream("Sessions", "Append", begin, inputs, _stored, timeout_seconds=timeout_seconds)
-
-
-def _inputs(
-    token_ids: npt.NDArray[np.int32],
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    dtype: str | None,
-) -> list[streams.Input]:
-    if len(keys) != len(values):
-        raise ValueError(f"{len(keys)} layers of keys and {len(values)} of values")
-    inputs = [streams.Input.of(types_pb2.TENSOR_KIND_TOKEN_IDS, None, token_ids, None)]
-    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-        inputs.append(streams.Input.of(types_pb2.TENSOR_KIND_KEY, layer, key, dtype))
-        inputs.append(streams.Input.of(types_pb2.TENSOR_KIND_VALUE, layer, value, dtype))
-    return inputs
 
 
 def _stored(results: streams.Results) -> Stored:
@@ -349,7 +381,17 @@ def _stored(results: streams.Results) -> Stored:
 
 
 def select(context: Context, steps: Sequence[Step]) -> Unary[list[Selection]]:
-    """Chooses what the next step should read, for all given sessions at once."""
+    """Chooses what the next step should read, for all given sessions at once.
+
+    Args:
+        context: of the client.
+        steps: 1 to 1024, of different sessions; answered in that order.
+
+    Raises:
+        InvalidRequestError: layers, queries or budget; see `violations`.
+        NotFoundError: no such session or region; see `reason`.
+        ValueError: rows were asked for inline, of a session that another client opened.
+    """
 
     def finish(response: sessions_pb2.SelectResponse) -> list[Selection]:
         pairs = zip(steps, response.sequences, strict=True)
@@ -368,7 +410,10 @@ def select_request(context: Context, steps: Sequence[Step]) -> sessions_pb2.Sele
 def select_message(
     context: Context, request: sessions_pb2.SelectRequest
 ) -> Unary[sessions_pb2.SelectResponse]:
-    """As `select`, message to message: for engines that keep one request and change fields."""
+    """As `select`, message to message: for engines that keep one request and change fields.
+
+    The answer also says the seconds that the server took. `select_request` makes the message.
+    """
     return Unary("Sessions", "Select", request, lambda answer: answer, repeatable=True)
 
 
@@ -399,6 +444,7 @@ def _selection(context: Context, step: Step, answer: sessions_pb2.SequenceSelect
         chosen_rows=answer.chosen_rows,
         moved=moved,
         held=held,
+        budget_raised_by_protection=answer.budget_raised_by_protection,
     )
 
 
@@ -423,7 +469,13 @@ def _moved(rows: SessionRows, entry: sessions_pb2.MovedRows) -> MovedRows:
 def renew(
     context: Context, session_id: str, lease_seconds: int = 0
 ) -> Unary[types_pb2.SessionInfo]:
-    """Extends the lease; 0 keeps its length."""
+    """Extends the lease.
+
+    Args:
+        context: of the client.
+        session_id: the session.
+        lease_seconds: its length from now on, 1 to 86400; 0 = as it was.
+    """
     request = sessions_pb2.RenewSessionRequest(
         session_id=session_id, tenant=context.tenant, lease_seconds=lease_seconds
     )
@@ -450,7 +502,10 @@ def get(context: Context, session_id: str) -> Unary[types_pb2.SessionInfo]:
 def map(context: Context, session_id: str) -> Unary[sessions_pb2.SessionMapping]:
     """Where K and V lie, for a process of the same host (`dynsplit.engine` opens it).
 
-    Raises UnsupportedError where there is no device memory to map.
+    A mapped session is not demoted to host memory; each mapping is to be given back (`unmap`).
+
+    Raises:
+        UnsupportedError: there is no device memory to map.
     """
     request = sessions_pb2.MapSessionRequest(session_id=session_id, tenant=context.tenant)
     return Unary("Sessions", "Map", request, lambda mapping: mapping)
@@ -488,81 +543,3 @@ def session_bytes(
     return Unary(
         "Info", "Advise", request, lambda response: response.session_bytes, repeatable=True
     )
-
-
-# -- shared memory --
-
-
-def register_region(
-    context: Context,
-    name: str,
-    byte_size: int,
-    *,
-    shm_key: str = "",
-    cuda_ipc: tuple[bytes, bytes] | None = None,
-    offset_bytes: int = 0,
-    writable: bool = False,
-    lease_seconds: int = 0,
-) -> Unary[RegionSlice]:
-    """Shares memory with the server, once for use by many calls; returns the region's begin.
-
-    Registering the same object under the same name again renews its lease.
-
-    Args:
-        context: of the client.
-        name: 1..64 characters of [A-Za-z0-9_.-].
-        byte_size: bytes of the region.
-        shm_key: name of a POSIX shared memory object, without '/'; or
-        cuda_ipc: cudaIpcMemHandle_t (64 bytes) of a device allocation and the UUID of its
-            device (16 bytes).
-        offset_bytes: begin of the region in the object.
-        writable: the server may write results into it.
-        lease_seconds: life unless registered again; 0 = the server's default.
-    """
-    if bool(shm_key) == (cuda_ipc is not None):
-        raise ValueError("exactly one of shm_key and cuda_ipc must be given")
-    request = memory_pb2.RegisterRegionRequest(
-        name=name, byte_size=byte_size, writable=writable, lease_seconds=lease_seconds
-    )
-    if cuda_ipc is not None:
-        request.cuda_ipc.handle, request.cuda_ipc.device_uuid = cuda_ipc
-        request.cuda_ipc.offset_bytes = offset_bytes
-    else:
-        request.posix_shm.key = shm_key
-        request.posix_shm.offset_bytes = offset_bytes
-    return Unary(
-        "Memory",
-        "Register",
-        request,
-        lambda response: RegionSlice(name, response.generation),
-        repeatable=True,
-    )
-
-
-def unregister_region(context: Context, name: str, generation: int = 0) -> Unary[None]:
-    """Stops sharing; generation 0 = whichever is registered."""
-    request = memory_pb2.UnregisterRegionRequest(name=name, generation=generation)
-    return Unary("Memory", "Unregister", request, lambda _: None)
-
-
-def regions(context: Context) -> Unary[list[memory_pb2.Region]]:
-    """All regions of the server, ascending names."""
-    return Unary(
-        "Memory",
-        "List",
-        memory_pb2.ListRegionsRequest(),
-        lambda response: list(response.regions),
-        repeatable=True,
-    )
-
-
-def tensor_at(place: RegionSlice, dtype: str, *shape: int) -> RegionTensor:
-    """A dense tensor at a place of a region.
-
-    Raises:
-        ValueError: the shape is empty, or the wire has no such type.
-    """
-    if math.prod(shape) <= 0:
-        raise ValueError(f"shape is {shape}; every axis must be > 0")
-    dtype_code(dtype)
-    return RegionTensor(place, shape, dtype)

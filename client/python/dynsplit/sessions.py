@@ -2,8 +2,9 @@
 """Resident sessions: KV that stays in the service, and the choice of tokens at each decode step.
 
 with dynsplit.Client("unix:/run/dynsplitd.sock") as client:
-    session = client.open(token_ids, keys, values, num_query_heads=32).session_id
-    chosen = client.select([Step(session, queries, tokens_per_head=2048)])[0].tokens
+    policy = index_policy(profile="smollm2", kept_ratio=0.1)
+    stored = client.open(token_ids, keys, values, num_query_heads=32, policy=policy)
+    chosen = client.select([Step(stored.session_id, queries)])[0].tokens
 """
 
 from dynsplit.client import Client as SessionClient
@@ -16,8 +17,8 @@ from dynsplit.session_calls import (
     Step,
     Stored,
     session_options,
-    tensor_at,
 )
+from dynsplit.tensors import tensor_at
 
 __all__ = [
     "RESIDENCES",

@@ -104,11 +104,45 @@ class RegionTensor:
         return math.prod(self.shape) * dtype_bytes(dtype_code(self.dtype))
 
 
+def tensor_at(place: RegionSlice, dtype: str, *shape: int) -> RegionTensor:
+    """A dense row-major tensor at a place of a region; stands wherever an array does.
+
+    Raises:
+        ValueError: the shape is empty, or the wire has no such type.
+    """
+    if math.prod(shape) <= 0:
+        raise ValueError(f"shape is {shape}; every axis must be > 0")
+    dtype_code(dtype)
+    return RegionTensor(place, shape, dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceTensor:
-    """A torch tensor on a GPU."""
+    """A torch tensor on a GPU, and the stream that its elements are ready in."""
 
     tensor: Any
+    stream: Any
+
+    @classmethod
+    def of(cls, tensor: Any, dtype: str | None) -> DeviceTensor:
+        """In the calling thread's current stream of the tensor's device; `dtype` as `as_host`.
+
+        Raises:
+            ValueError: the wire has no such type.
+        """
+        import torch
+
+        if dtype is not None and str(tensor.dtype) in ("torch.uint16", "torch.uint8"):
+            tensor = tensor.view(getattr(torch, dtype.removeprefix("torch.")))
+        dtype_code(str(tensor.dtype))
+        return cls(tensor.detach(), torch.cuda.current_stream(tensor.device))
+
+    def to_host(self) -> HostTensor:
+        """A copy in host memory, row-major."""
+        import torch
+
+        with torch.cuda.stream(self.stream):
+            return _from_torch(self.tensor.contiguous())
 
     @property
     def dtype(self) -> str:
@@ -130,6 +164,47 @@ Array = Any
 """numpy.ndarray, torch.Tensor (any device), or anything with `__dlpack__` or `__array__`."""
 
 Tensor = Array | RegionTensor
+
+AXES = ("token", "head", "channel", "kv", "page")
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisTensor:
+    """K, V or both in a layout of the engine's own: a tensor whose axes are named.
+
+    Stands where a layer's keys do (or its values):
+
+        AxisTensor(key_pool, ("page", "token", "head", "channel"))
+        AxisTensor(pool, ("kv", "page", "token", "head", "channel"))  # both: values are None
+
+    Attributes:
+        tensor: of numpy, torch (any device) or in a region; all of it is what the server gets.
+        axes: of each axis of `tensor` one of "token" (in a paged pool: slot of a page), "head",
+            "channel" (the last), "kv" (K, then V) and "page" (physical page of a pool, which the
+            call's `block_table` orders).
+    """
+
+    tensor: Tensor
+    axes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Checks the names.
+
+        Raises:
+            ValueError: an unknown or repeated name, or not one an axis, or the channel not last.
+        """
+        unknown = set(self.axes) - set(AXES)
+        if unknown or len(set(self.axes)) != len(self.axes) or self.axes[-1:] != ("channel",):
+            raise ValueError(
+                f"axes are {self.axes}; must be different ones of {AXES}, 'channel' last"
+            )
+        if len(self.tensor.shape) != len(self.axes):
+            raise ValueError(f"{len(self.axes)} names for axes of {tuple(self.tensor.shape)}")
+
+    @property
+    def both(self) -> bool:
+        """Whether it holds keys and values."""
+        return "kv" in self.axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +248,21 @@ class HostTensor:
             return np.ascontiguousarray(self.data).reshape(-1).view(np.uint8)
         order = sorted(range(self.data.ndim), key=lambda a: (-self.data.strides[a], a))
         return self.data.transpose(order).reshape(-1).view(np.uint8)
+
+
+def sequence_axes(tensor: Tensor | AxisTensor) -> tuple[int | None, int, int]:
+    """T, Hkv and D of a layer's keys; T is None where they lie in a pool of pages.
+
+    Raises:
+        ValueError: not the three axes that keys have.
+    """
+    if isinstance(tensor, AxisTensor):
+        size = dict(zip(tensor.axes, tensor.tensor.shape, strict=True))
+        tokens = None if "page" in size else size["token"]
+        return tokens, size["head"], size["channel"]
+    if len(tensor.shape) != 3:
+        raise ValueError(f"keys of a layer are {tuple(tensor.shape)}; must be [T, Hkv, D]")
+    return tuple(tensor.shape)
 
 
 def is_torch(tensor: Any) -> bool:
@@ -224,23 +314,28 @@ def _from_torch(tensor: Any) -> HostTensor:
     return HostTensor(plain.numpy(), name)
 
 
-def from_bytes(
-    data: npt.NDArray[np.uint8], code: int, shape: tuple[int, ...], like: Any = None
-) -> Array:
+def from_bytes(data: Array, code: int, shape: tuple[int, ...], like: Any = None) -> Array:
     """An array over received bytes: of torch, on its device, where `like` is a tensor of it.
 
     Args:
-        data: contiguous bytes; the array shares them (but for a copy to another device).
+        data: contiguous uint8 of numpy or torch; the array shares them (but for a copy to another
+            device).
         code: wire code of the elements' type.
         shape: of the result.
-        like: a tensor whose kind and device the result takes; None = numpy.
+        like: a tensor whose kind and device the result takes; None = those of `data`.
     """
+    if like is None and is_torch(data):
+        import torch
+
+        return data.view(getattr(torch, _NAME_OF_CODE[code])).reshape(shape)
     if like is None or not is_torch(like):
-        return data.view(numpy_dtype(code)).reshape(shape)
+        host = data.cpu().numpy() if is_torch(data) else data
+        return host.view(numpy_dtype(code)).reshape(shape)
     import torch
 
     dtype = getattr(torch, _NAME_OF_CODE[code])
-    return torch.from_numpy(data).view(dtype).reshape(shape).to(like.device)
+    raw = data if is_torch(data) else torch.from_numpy(data)
+    return raw.view(dtype).reshape(shape).to(like.device)
 
 
 def to_torch(array: npt.NDArray[Any]) -> Any:

@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import shutil
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -34,8 +36,10 @@ from typing import Any
 import dynsplit
 
 _ROOT = Path(__file__).resolve().parents[3]
+_NEEDED = ("torch", "transformers", "accelerate", "gguf")
 _SECRET = "84127"
 _FACT = f" The White Rabbit's secret number is {_SECRET}. Remember it. "
+_ANSWER = "answer"
 _QUESTION = "\n\nWhat is the White Rabbit's secret number? Answer with the number only."
 
 
@@ -127,15 +131,14 @@ def _facts(result: dynsplit.Compressed, seconds: float, wire_bytes: int) -> dict
     return {
         "prompt tokens": f"{result.num_tokens:,}",
         "kept per KV head": f"{result.layers[0].num_kept:,}",
-        "prefill, service included": f"{seconds:.2f} s",
-        "dynsplitd": f"{result.total_seconds:.2f} s",
-        "road to dynsplitd": result.road,
-        "in chunks to dynsplitd": f"{result.sent_bytes / 2**20:.1f} MiB",
+        "K and V to dynsplitd": f"{result.bytes_in / 2**20:.1f} MiB, {result.road}",
         "pages from dynsplitd": f"{result.received_bytes / 2**20:.1f} MiB",
-        "to decode": f"{wire_bytes / 2**20:.1f} MiB",
+        "file to decode, TCP": f"{wire_bytes / 2**20:.1f} MiB",
         "attention mass kept": f"{result.receipt.retained_attention_mass_mean:.4f}",
-        "  of the worst head": f"{result.receipt.retained_attention_mass_min:.4f}",
-        "error of outputs": f"{result.receipt.output_relative_error_mean:.4f}",
+        "  by the worst head": f"{result.receipt.retained_attention_mass_min:.4f}",
+        "error of attention outputs": f"{result.receipt.output_relative_error_mean:.4f}",
+        "time of prefill": f"{seconds:.2f} s",
+        "  of it dynsplitd": f"{result.total_seconds:.2f} s",
     }
 
 
@@ -158,7 +161,9 @@ def decode(listener: socket.socket, report: Connection) -> None:
             path.write_bytes(payload)
             result, file = dynsplit.load(path)
             cache = hf.cache_of([result], model)
-            ids = [*file.find("TOKEN_IDS"), int(file.header.metadata["first_token"])]
+            token_ids = file.find("TOKEN_IDS")
+            assert token_ids is not None
+            ids = [*token_ids, int(file.header.metadata["first_token"])]
             loaded = time.perf_counter()
             prompt = torch.tensor([[int(token) for token in ids]], device=model.device)
             found = model.generate(
@@ -172,9 +177,9 @@ def decode(listener: socket.socket, report: Connection) -> None:
             new = found[0, len(ids) - 1 :]
             report.send(
                 {
-                    "load at decode": f"{loaded - begin:.2f} s",
+                    "time to load at decode": f"{loaded - begin:.2f} s",
                     "decode": f"{(len(new) - 1) / (done - loaded):.1f} tokens/s",
-                    "answer": repr(tokenizer.decode(new, skip_special_tokens=True)),
+                    _ANSWER: repr(tokenizer.decode(new, skip_special_tokens=True)),
                 }
             )
             _send(link, b"done")
@@ -218,6 +223,9 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.2, help="of the tokens kept (default 0.2)")
     parser.add_argument("--target", help="address of a running dynsplitd on this host")
     arguments = parser.parse_args()
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)} missing: pip install './client/python[hf]'")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of two processes on one terminal
     spawn = multiprocessing.get_context("spawn")
     with _server(arguments.target) as target, socket.create_server(("127.0.0.1", 0)) as listener:
@@ -235,7 +243,8 @@ def main() -> None:
         decode_end.close()
         try:
             tables = {}
-            for _ in range(2):
+            for begun in ("loading the model twice, computing the prompt", "once more, compressed"):
+                print(f"{begun} ...", file=sys.stderr, flush=True)
                 name, facts = from_prefill.recv()
                 tables[name] = facts | from_decode.recv()
         except EOFError:
@@ -244,10 +253,13 @@ def main() -> None:
             for process in processes:
                 process.join(30)
                 process.kill()
-    print(f"{'':28}{'whole cache':>24}{'compressed':>24}")
+    answers = {name: table.pop(_ANSWER) for name, table in tables.items()}
+    print(f"{'':28}{'whole cache':>16}{'compressed':>16}")
     for row, whole in tables["whole"].items():
-        print(f"{row:28}{whole:>24}{tables['compressed'][row]:>24}")
-    print(f"(the number is {_SECRET})")
+        print(f"{row:28}{whole:>16}{tables['compressed'][row]:>16}")
+    print(f"\nquestion    {_QUESTION.strip()}   (it is {_SECRET})")
+    for name, answer in answers.items():
+        print(f"{name:11} {answer}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class Daemon:
 
     unix: str
     tcp: str
+    region_socket: str  # path
 
 
 @pytest.fixture
@@ -85,11 +86,12 @@ def run_daemon(folder: Path, *options: str) -> Iterator[Daemon]:
     port = _free_port()
     command = [binary, "--backend=cpu", "--threads=2", f"--listen=127.0.0.1:{port}"]
     command += ["--metrics-listen=127.0.0.1:0", f"--unix-socket={path}", "--regions=shm"]
+    command += [f"--region-socket={folder / 'regions.sock'}"]
     with (folder / "server.log").open("wb") as log:
         server = subprocess.Popen([*command, *options], stdout=log, stderr=log)
     try:
         _wait_for(path, server)
-        yield Daemon(f"unix:{path}", f"127.0.0.1:{port}")
+        yield Daemon(f"unix:{path}", f"127.0.0.1:{port}", str(folder / "regions.sock"))
     finally:
         server.terminate()
         try:

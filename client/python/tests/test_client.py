@@ -6,10 +6,11 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,19 @@ from fake_service import detail, refuse
 
 import dynsplit
 import dynsplit.aio
-from dynsplit import Client, Compressed, Retry, container, errors, roads, tensors
-from dynsplit.shared import HostRegion
-from dynsplit.v1 import compression_pb2_grpc, types_pb2
+from dynsplit import (
+    AxisTensor,
+    Client,
+    Compressed,
+    Retry,
+    base,
+    container,
+    errors,
+    streams,
+    tensors,
+)
+from dynsplit.shared import HostRegion, SharedMemory
+from dynsplit.v1 import compression_pb2_grpc, memory_pb2, types_pb2
 
 LAYERS, Q_HEADS, KV_HEADS, DIM, TOKENS = 3, 4, 2, 16, 320
 POLICY = dynsplit.policy("dynsplit", kept_ratio=0.25, profile="smollm2", num_recent_tokens=8)
@@ -219,6 +230,46 @@ def test_server_policies_and_memory_are_told(service: Client) -> None:
     assert told.key_value == 2 * 2 * 2 * 100 * 16 * 4
 
 
+def test_advice_is_a_policy_to_pass_on_or_a_no(daemon: Daemon) -> None:
+    shape = types_pb2.SequenceShape(
+        num_layers=32, num_query_heads=32, num_kv_heads=8, num_tokens=1 << 17, head_dim=128
+    )
+    known = [types_pb2.EVIDENCE_WINDOW_QUERIES]
+    with Client(daemon.unix) as client:
+        slow = client.advise(shape, link_bytes_per_second=1e8, evidence=known)
+        assert slow.compress and slow.policy.preset == "dynsplit", slow.reason
+        assert slow.compressed_seconds < slow.plain_seconds
+        chosen = types_pb2.Policy.FromString(slow.policy.SerializeToString())
+        chosen.segmentation.profile = "smollm2"
+        assert client.compress(**_sequence(), policy=chosen).plan.policy.preset == "dynsplit"
+        strict = client.advise(
+            shape, link_bytes_per_second=1e8, evidence=known, max_expected_divergence=1e-3
+        )
+        assert strict.policy.budget.kept_ratio > slow.policy.budget.kept_ratio
+        assert strict.expected_divergence <= 1e-3
+        assert not client.advise(shape, link_bytes_per_second=1e15, evidence=known).compress
+        with pytest.raises(errors.InvalidRequestError) as refused:
+            client.advise(shape)
+        assert refused.value.violations[0].field == "link_bytes_per_second"
+
+    async def ask() -> Any:
+        async with dynsplit.aio.Client(daemon.unix) as client:
+            return await client.advise(shape, link_bytes_per_second=1e8, evidence=known)
+
+    assert asyncio.run(ask()).policy == slow.policy
+
+
+def test_a_floor_of_divergence_is_a_bound_of_the_error(service: Client) -> None:
+    loose = service.compress(**_sequence(), policy=POLICY).receipt
+    assert loose is not None and loose.expected_divergence > 0
+    wanted = loose.expected_divergence / 2
+    floor = types_pb2.Policy.FromString(POLICY.SerializeToString())
+    floor.quality_floor.max_expected_divergence = wanted
+    held = service.compress(**_sequence(), policy=floor)
+    assert held.receipt is not None and held.receipt.expected_divergence <= wanted
+    assert held.plan.policy.quality_floor.max_output_relative_error > 0
+
+
 def test_what_is_kept_can_be_fetched(service: Client) -> None:
     sequence = _sequence()
     found = service.compress(
@@ -252,14 +303,18 @@ def test_all_roads_give_the_same_bytes(daemon: Daemon, tokens: int) -> None:
         ("unix", [daemon.tcp, daemon.unix]),
         ("tcp", [daemon.tcp, daemon.unix]),
         ("shm", daemon.unix),
+        ("memfd", daemon.unix),
         ("auto", daemon.unix),
         ("auto", daemon.tcp),
     ):
-        with Client(target, road=road) as client:
+        socket = daemon.region_socket if road == "memfd" else ""
+        with Client(target, road=road, region_socket=socket) as client:
             found[road, str(target)] = client.compress(**sequence, policy=POLICY)
             again = client.compress(**sequence, policy=POLICY)  # the segment is used again
             _assert_equal(again, found[road, str(target)])
-            assert len(client.regions()) == (again.road == "shm")
+            regions = client.regions()
+            assert len(regions) == (again.road in ("shm", "memfd"))
+            assert all(region.owned for region in regions)
     with Client(daemon.unix) as client:
         assert not client.regions()  # nothing is left behind
     used = [entry.road for entry in found.values()]
@@ -269,6 +324,7 @@ def test_all_roads_give_the_same_bytes(daemon: Daemon, tokens: int) -> None:
         "inline over unix",
         "inline over tcp",
         "shm",
+        "memfd",
         large or "inline over unix",
         large or "inline over tcp",
     ]
@@ -277,7 +333,7 @@ def test_all_roads_give_the_same_bytes(daemon: Daemon, tokens: int) -> None:
         _assert_equal(other, first)
     sent = first.bytes_in + sequence["queries"].nbytes + 4 * tokens
     assert [entry.sent_bytes for entry in found.values()] == [
-        0 if road == "shm" else sent for road in used
+        0 if road in ("shm", "memfd") else sent for road in used
     ]
 
 
@@ -311,13 +367,11 @@ def test_memory_that_cannot_be_shared_costs_the_road_only(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sequence = _sequence(tokens=3000)
-    registration = roads.Segment.registration
 
-    def elsewhere(self: roads.Segment, context: Any) -> Any:  # as from another container
-        self.name = "not-here"
-        return registration(self, context)
+    def elsewhere(self: SharedMemory, *, renew: bool) -> Any:  # as from another container
+        return {"shm_key": "not-here"}
 
-    monkeypatch.setattr(roads.Segment, "registration", elsewhere)
+    monkeypatch.setattr(SharedMemory, "source", elsewhere)
     with Client(daemon.unix) as client:
         assert client.compress(**sequence, policy=POLICY).road == "inline over unix"
     with Client(daemon.unix, road="shm") as client, pytest.raises(errors.NotFoundError):
@@ -345,6 +399,236 @@ def test_addresses_are_chosen_by_road(tmp_path: Path) -> None:
     assert Client(["unix:/nowhere.sock", "10.0.0.1:8001"]).target == "10.0.0.1:8001"
     with pytest.raises(ValueError, match="unix"):
         Client("10.0.0.1:8001", road="unix")
+
+
+def test_sealed_memory_is_chosen_where_its_socket_is_named(daemon: Daemon) -> None:
+    sequence = _sequence(tokens=3000)
+    with Client(daemon.unix, region_socket=daemon.region_socket) as client:
+        found = client.compress(**sequence, policy=POLICY)
+        assert found.road == "memfd"
+        assert [r.kind for r in client.regions()] == [memory_pb2.Region.KIND_MEMFD]
+        for region in client.regions():  # as after a restart: passed and registered anew
+            client.unregister_region(region.name)
+        _assert_equal(client.compress(**sequence, policy=POLICY), found)
+        with HostRegion(client, 1 << 20, region_socket=daemon.region_socket) as room:
+            room.renew()
+            _assert_equal(client.compress(**sequence, policy=POLICY, output=room), found)
+    with Client(daemon.unix, region_socket="/nowhere.sock") as client:
+        assert client.compress(**sequence, policy=POLICY).road == "shm"
+    with (
+        Client(daemon.unix, road="memfd", region_socket="/nowhere.sock") as client,
+        pytest.raises(OSError, match="nowhere"),
+    ):
+        client.compress(**sequence, policy=POLICY)
+    with pytest.raises(ValueError, match="region_socket"):
+        Client(daemon.unix, road="memfd")
+    with pytest.raises(errors.UnavailableError, match="nowhere"):
+        SharedMemory(1, "/nowhere.sock").source()
+
+
+def _eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 10
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_regions_go_with_their_owner(daemon: Daemon) -> None:
+    with Client(daemon.unix) as client, HostRegion(client, 4096) as stays:
+        with client.attach() as owner, client.attach() as other:
+            assert owner.attached and len(owner.token) == 16 and owner.token != other.token
+            goes = HostRegion(client, 4096, owner=owner)
+            goes.renew()
+            key = SharedMemory(4096)
+            with pytest.raises(errors.ExistsError):
+                client.register_region(goes.place.name, 4096, **key.source(), owner=other)
+            key.close()
+            assert len(client.regions()) == 2
+        assert not owner.attached
+        assert _eventually(lambda: len(client.regions()) == 1)
+        assert client.regions()[0].name == stays.place.name
+        goes.close()  # that it has gone is no error
+        with pytest.raises(errors.NotFoundError):
+            HostRegion(client, 4096, owner=owner)
+
+
+def test_a_client_that_is_killed_leaves_no_region(daemon: Daemon) -> None:
+    code = f"""
+import numpy as np, os, dynsplit
+client = dynsplit.Client({daemon.unix!r}, road="shm")
+keys = np.ones((1, 64, 2, 16), np.float32)
+client.compress(None, keys, keys, policy=dynsplit.policy("knorm", kept_ratio=0.5))
+assert len(client.regions()) == 1
+for name in os.listdir("/dev/shm"):
+    if name == client._stage._idle[0].memory.key:
+        os.unlink("/dev/shm/" + name)
+print("shared", flush=True)
+os.kill(os.getpid(), 9)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "shared\n" and ended.returncode == -9, ended.stderr
+    with Client(daemon.unix) as client:
+        assert _eventually(lambda: not client.regions())
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_request_over_several_streams_is_the_same_request(
+    daemon: Daemon, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_MIN_SHARD_BYTES", 64 << 10)
+    made: list[int] = []
+    conversation = streams.Conversation.__init__
+
+    def counting(self: Any, begin: Any, inputs: Any, wire: Any, shards: int, *more: Any) -> None:
+        made.append(shards)
+        conversation(self, begin, inputs, wire, shards, *more)
+
+    monkeypatch.setattr(streams.Conversation, "__init__", counting)
+    sequence = _sequence(tokens=3000)
+    policy = dynsplit.policy("dynsplit", kept_ratio=0.5, profile="smollm2")
+    index = dynsplit.index_policy(profile="smollm2")
+    options: dict[str, Any] = {"road": "inline", "chunk_bytes": 8192}
+
+    def run_all(client: Any) -> list[Any]:
+        ids, keys, values, queries = sequence.values()
+        planned = client.plan(ids, keys=keys, queries=queries, policy=policy)
+        stored = client.open(ids, keys, values, num_query_heads=Q_HEADS, policy=index)
+        found = [
+            client.compress(**sequence, policy=policy),
+            planned,
+            client.apply(planned, keys, values),
+            client.fetch(stored.session_id),
+        ]
+        client.release(stored.session_id)
+        return found
+
+    with Client(daemon.unix, **options) as client:
+        expected = run_all(client)
+    assert set(made) == {1}
+    made.clear()
+    with Client([daemon.tcp], num_channels=channels, **options) as client:
+        found = run_all(client)
+        assert made == [channels] * 5
+        with pytest.raises(errors.NotFoundError):
+            client.compress(**sequence, policy="nothing")
+        threads = futures.ThreadPoolExecutor(4)
+        again = threads.map(lambda _: client.compress(**sequence, policy=policy), range(6))
+        for one in again:
+            _assert_equal(one, expected[0])
+
+    async def run() -> list[Any]:
+        async with dynsplit.aio.Client(daemon.tcp, num_channels=channels, **options) as client:
+            calls = [client.compress(**sequence, policy=policy) for _ in range(4)]
+            with pytest.raises(errors.NotFoundError):
+                await client.compress(**sequence, policy="nothing")
+            return list(await asyncio.gather(*calls))
+
+    awaited = asyncio.run(run())
+    for one, other in zip([*found, *awaited], [*expected, *([expected[0]] * 4)], strict=True):
+        assert one.plan.hash == other.plan.hash
+        for a, b in zip(one.layers, other.layers, strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            if b.key_pages is not None:
+                np.testing.assert_array_equal(a.key_pages, b.key_pages)
+                np.testing.assert_array_equal(a.value_pages, b.value_pages)
+        assert (one.sent_bytes, one.received_bytes) == (other.sent_bytes, other.received_bytes)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_layers_are_delivered_as_they_come(
+    daemon: Daemon, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "_MIN_SHARD_BYTES", 64 << 10)
+    sequence = _sequence(tokens=3000)
+    seen: list[dynsplit.CompressedLayer] = []
+    with Client(daemon.tcp, road="inline", num_channels=channels) as client:
+        found = client.compress(**sequence, policy=POLICY, on_layer=seen.append)
+        _, keys, values, _ = sequence.values()
+        client.apply(found, keys, values, on_layer=seen.append)
+        assert [layer.layer for layer in seen] == [0, 1, 2, 0, 1, 2]
+        for layer, wanted in zip(seen, [*found.layers, *found.layers], strict=True):
+            np.testing.assert_array_equal(layer.tokens, wanted.tokens)
+            np.testing.assert_array_equal(layer.key_pages, wanted.key_pages)
+
+        def refuses(layer: dynsplit.CompressedLayer) -> None:
+            raise LookupError("not wanted")
+
+        with pytest.raises(LookupError, match="not wanted"):
+            client.compress(**sequence, policy=POLICY, on_layer=refuses)
+
+    async def run() -> None:
+        seen.clear()
+        async with dynsplit.aio.Client(daemon.tcp, road="inline", num_channels=channels) as client:
+            await client.compress(**sequence, policy=POLICY, on_layer=seen.append)
+            with pytest.raises(LookupError, match="not wanted"):
+                await client.compress(**sequence, policy=POLICY, on_layer=refuses)
+
+    asyncio.run(run())
+    assert [layer.layer for layer in seen] == [0, 1, 2]
+
+
+def test_options_of_streams_are_kept(service: Client) -> None:
+    with pytest.raises(ValueError, match="num_channels"):
+        Client(service.target, num_channels=65)
+    with pytest.raises(ValueError, match="chunk_bytes"):
+        Client(service.target, chunk_bytes=4095)
+    with Client(service.target, max_open_layers=9, chunk_bytes=4096) as client:
+        _assert_equal(
+            client.compress(**_sequence(), policy=POLICY),
+            service.compress(**_sequence(), policy=POLICY),
+        )
+    with (
+        Client(service.target, max_result_bytes=1000) as client,
+        pytest.raises(errors.ExhaustedError, match="max_result_bytes"),
+    ):
+        client.compress(**_sequence(), policy=POLICY)
+
+
+@pytest.mark.parametrize("road", ["inline", "shm"])
+def test_pools_of_pages_and_packed_tensors_are_read_as_they_lie(daemon: Daemon, road: Any) -> None:
+    sequence = _sequence()
+    ids, keys, values, queries = sequence.values()
+    page, spare = 16, 7
+    table = np.random.default_rng(8).permutation(TOKENS // page + spare)[: TOKENS // page]
+    pools = np.full((2, LAYERS, TOKENS // page + spare, page, KV_HEADS, DIM), 9.0, np.float32)
+    for pool, rows in zip(pools, (keys, values), strict=True):
+        pool[:, table] = rows.reshape(LAYERS, -1, page, KV_HEADS, DIM)
+    paged = ("page", "token", "head", "channel")
+    with Client(daemon.unix, road=road) as client:
+        expected = client.compress(**sequence, policy=POLICY)
+        arguments: dict[str, Any] = {"queries": queries, "policy": POLICY, "block_table": table}
+        apart = [[AxisTensor(pool[i], paged) for i in range(LAYERS)] for pool in pools]
+        _assert_equal(client.compress(ids, *apart, **arguments), expected)
+        both = [AxisTensor(pools[:, i].copy(), ("kv", *paged)) for i in range(LAYERS)]
+        _assert_equal(client.compress(ids, both, None, **arguments), expected)
+        packed = np.stack([keys, values], axis=2)  # [L, T, 2, Hkv, D]
+        rows = [AxisTensor(part, ("token", "kv", "head", "channel")) for part in packed]
+        _assert_equal(client.compress(ids, rows, None, queries=queries, policy=POLICY), expected)
+        planned = client.plan(ids, keys=apart[0], queries=queries, policy=POLICY, block_table=table)
+        applied = client.apply(planned, both, None, block_table=table)
+        np.testing.assert_array_equal(applied.layers[2].key_pages, expected.layers[2].key_pages)
+        session = client.open(
+            ids,
+            both,
+            None,
+            num_query_heads=Q_HEADS,
+            policy=dynsplit.index_policy(profile="smollm2"),
+            block_table=table,
+        ).session_id
+        np.testing.assert_array_equal(client.fetch(session).layers[1].rows()[1], values[1])
+        gathered = client.select([dynsplit.Step(session, queries[:, :1], gather=dynsplit.Gather())])
+        assert gathered[0].moved[0].keys.dtype == np.float32
+        client.release(session)
+    with pytest.raises(ValueError, match="values"):
+        service_free = Client(daemon.unix)
+        service_free.compress(ids, both, values, **arguments)
+    with pytest.raises(ValueError, match="num_tokens"):
+        service_free.compress(None, both, None, queries=queries, block_table=table)
+    with pytest.raises(ValueError, match="channel"):
+        AxisTensor(keys[0], ("channel", "token", "head"))
+    service_free.close()
 
 
 # -- errors, retries, fail-open --
@@ -523,8 +807,6 @@ def test_a_broken_fetch_goes_on(daemon: Daemon, monkeypatch: pytest.MonkeyPatch)
             policy=dynsplit.index_policy(profile="smollm2"),
         ).session_id
         expected = client.fetch(session)
-        from dynsplit import streams
-
         take, calls = streams.Conversation.take, []
 
         def breaks(self: streams.Conversation, message: Any) -> None:
@@ -574,6 +856,38 @@ def test_asyncio_runs_calls_side_by_side(daemon: Daemon, road: Any) -> None:
 
     for one, other in zip(asyncio.run(run()), expected, strict=True):
         _assert_equal(one, other)
+
+
+def test_asyncio_has_owners_and_regions(daemon: Daemon) -> None:
+    sequence = _sequence()
+
+    async def run() -> None:
+        async with dynsplit.aio.Client(daemon.unix) as client:
+            expected = await client.compress(**sequence, policy=POLICY)
+            with await client.attach() as owner:
+                memories = [
+                    SharedMemory(1 << 20),
+                    SharedMemory(1 << 20, daemon.region_socket),
+                ]
+                for memory in memories:
+                    async with dynsplit.aio.Region(client, memory, owner=owner) as room:
+                        await room.renew()
+                        assert [region.owned for region in await client.regions()] == [True]
+                        found = await client.compress(**sequence, policy=POLICY, output=room)
+                        _assert_equal(found, expected)
+                    assert not await client.regions()
+                async with dynsplit.aio.Region(client, SharedMemory(4096), owner=owner):
+                    owner.close()
+                    for _ in range(200):
+                        if not await client.regions():
+                            break
+                        await asyncio.sleep(0.02)
+                    assert not await client.regions() and not owner.attached
+        async with dynsplit.aio.Client(f"{daemon.unix}.none", timeout_seconds=3) as nobody:
+            with pytest.raises(errors.UnavailableError):
+                await nobody.attach()
+
+    asyncio.run(run())
 
 
 def test_cancelling_a_task_cancels_its_call(tmp_path: Path) -> None:
@@ -691,13 +1005,21 @@ def test_strides_say_what_is_dense() -> None:
         np.testing.assert_array_equal(order, np.sort(view.reshape(-1)))
 
 
-def test_the_quick_start_works(
+def test_the_readme_works(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Every example but those of transformers, one after the other."""
     readme = (_ROOT / "client/python/README.md").read_text()
-    code = readme.split("## Quick start")[1].split("```python")[1].split("```")[0]
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    blocks = [block for block in blocks if "dynsplit.hf" not in block]
+    assert len(blocks) == 4
     monkeypatch.setenv("DYNSPLIT_TARGET", daemon.tcp)
     scope: dict[str, Any] = {}
-    exec(code, scope)
+    exec(blocks[0], scope)
     assert scope["keys"].shape == (409, 2, 64)
     assert capsys.readouterr().out.startswith("shm 8388608 ")
+    for block in blocks[1:]:
+        exec(block, scope)
+    assert scope["chosen"].tokens.shape == (4, 2, 204)
+    pages = scope["result"].layers[0].key_pages
+    np.testing.assert_array_equal(pages, scope["results"][3].layers[0].key_pages)

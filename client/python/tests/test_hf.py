@@ -92,6 +92,41 @@ def test_a_session_read_whole_changes_no_token(
             service.get(session)
 
 
+@pytest.mark.parametrize("layers_a_call", [1, 2, 4])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_answers_larger_than_a_message_come_in_pieces(
+    model: Any,
+    service: dynsplit.Client,
+    monkeypatch: pytest.MonkeyPatch,
+    speculative: bool,
+    layers_a_call: int,
+) -> None:
+    policy = dynsplit.index_policy(kept_ratio=0.3, profile="smollm2", num_recent_tokens=8)
+
+    def run() -> list[Any]:
+        cache = dynsplit.hf.SessionCache(model, service, policy, speculative=speculative)
+        with cache:
+            return _generate(model, _prompt(2), past_key_values=cache)
+
+    expected = run()
+    sizes: list[int] = []
+    select = service.select
+
+    def counting(steps: Any) -> Any:
+        sizes.append(sum(len(step.queries) for step in steps))
+        return select(steps)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service, "select", counting)
+        patched.setattr(
+            dynsplit.hf.SessionCache,
+            "_fit",
+            lambda self, info: setattr(self, "_layers_a_call", layers_a_call),
+        )
+        assert run() == expected
+    assert max(sizes) <= layers_a_call
+
+
 def test_a_small_session_budget_reads_less(model: Any, service: dynsplit.Client) -> None:
     policy = dynsplit.index_policy(kept_ratio=0.3, profile="smollm2", num_recent_tokens=8)
     with dynsplit.hf.SessionCache(model, service, policy, speculative=True) as cache:
@@ -251,6 +286,19 @@ def test_padded_prompts_and_nested_contexts_are_refused(
             dynsplit.hf.compress(model, service, FULL),
         ):
             pass
+
+
+def test_the_readme_works(
+    model: Any, service: dynsplit.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    monkeypatch.setenv("DYNSPLIT_TARGET", service.target)
+    scope = {"model": model, "inputs": _prompt(), "dynsplit": dynsplit}
+    for block in (block for block in blocks if "dynsplit.hf" in block):
+        exec(block, scope)
+    assert scope["compression"].results[0].layers[0].num_kept == 68  # the 64 queries and 4 sinks
+    assert scope["cache"].chosen_rows > 0
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+KINDS = ("prose", "code", "dialogue", "logs")  # of texts
 # Tasks that are right or wrong; "kl" and "nll" come from the true continuations of "text" cases.
 ACCURACY_TASKS = ("passkey", "multikey", "variables", "qa", "line")
 CONTINUATION = 32  # tokens of "text"
+Texts = Sequence[Sequence[int]]  # token ids of texts; a passage lies in one of them
 _LINE_KINDS = ("code", "logs")
 _WORDS = ("copper", "willow", "lantern", "harbor", "meadow", "falcon", "pepper", "marble", "cactus",
           "violin", "ribbon", "anchor", "tunnel", "saddle", "pigeon", "walnut")  # fmt: skip
@@ -75,7 +77,7 @@ def _number(rng: random.Random) -> str:
 def _passkey(rng: random.Random, depth: float) -> _Draft:
     key = _number(rng)
     fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return _Draft([(depth, fact)], "What is the pass key? The pass key is", f" {key}", depth)
+    return _Draft([(depth, fact)], "The pass key is", f" {key}", depth)
 
 
 def _multikey(rng: random.Random, depth: float) -> _Draft:
@@ -99,19 +101,20 @@ def _variables(rng: random.Random, depth: float) -> _Draft:
         (later, f"VAR {second} = VAR {first}"),
         (rng.uniform(0.05, 0.95), f"VAR {other} = {wrong}"),
     ]
-    question = f"VAR {second} = VAR {first}, so the value of {second} is the number"
+    question = f"VAR {second} = VAR {first} ="
     return _Draft(facts, question, f" {value}", depth)
 
 
 def _qa(rng: random.Random, depth: float) -> _Draft:
-    people = [f"{n} {f}" for n, f in zip(rng.sample(_NAMES, 3), rng.sample(_FAMILIES, 3))]
+    names, families = rng.sample(_NAMES, 3), rng.sample(_FAMILIES, 3)
+    people = [f"{name} {family}" for name, family in zip(names, families, strict=True)]
     cities = rng.sample(_CITIES, 3)
     places = [depth, rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.95)]
     facts = [
-        (place, f"{person}, the old clockmaker, was born in {city} and never left it.")
+        (place, f"{person} lives in {city}.")
         for place, person, city in zip(places, people, cities, strict=True)
     ]
-    question = f"Question: In which city was {people[0]} born?\nAnswer: {people[0]} was born in"
+    question = f"Question: Where does {people[0]} live?\nAnswer: {people[0]} lives in"
     return _Draft(facts, question, f" {cities[0]}", depth)
 
 
@@ -143,36 +146,43 @@ def _insert(ids: list[int], facts: list[tuple[float, str]], tokenizer: Tokenizer
     return result + ids[begin:]
 
 
-def _passage(ids: list[int], length: int, rng: random.Random) -> list[int]:
-    if len(ids) <= length:
-        raise ValueError(f"the text has {len(ids)} tokens; cases need more than {length}")
-    begin = rng.randrange(len(ids) - length)
-    return ids[begin : begin + length]
+def _passage(texts: Texts, length: int, rng: random.Random) -> list[int]:
+    """Of one text; every begin in every text is equally likely."""
+    begins = [max(0, len(ids) - length) for ids in texts]
+    if not any(begins):
+        longest = max(map(len, texts), default=0)
+        raise ValueError(f"the longest text has {longest} tokens; cases need more than {length}")
+    begin = rng.randrange(sum(begins))
+    for ids, room in zip(texts, begins, strict=True):
+        if begin < room:
+            return list(ids[begin : begin + length])
+        begin -= room
+    raise AssertionError("begin lies in no text")
 
 
 def _fact_case(
-    task: str, ids: list[int], length: int, depth: float, rng: random.Random, tokenizer: Tokenizer
+    task: str, texts: Texts, length: int, depth: float, rng: random.Random, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], bool, float]:
     draft = _DRAFTS[task](rng, depth)
     question = tokenizer.encode(f"\n\n{draft.question}")
     room = length - len(question) - sum(len(tokenizer.encode(f)) + 4 for _, f in draft.facts)
-    passage = _insert(_passage(ids, room, rng), draft.facts, tokenizer)
+    passage = _insert(_passage(texts, room, rng), draft.facts, tokenizer)
     return passage + question, tokenizer.encode(draft.answer), True, draft.depth
 
 
 def _text_case(
-    ids: list[int], length: int, rng: random.Random
+    texts: Texts, length: int, rng: random.Random
 ) -> tuple[list[int], list[int], bool, float]:
-    passage = _passage(ids, length + CONTINUATION, rng)
+    passage = _passage(texts, length + CONTINUATION, rng)
     return passage[:length], passage[length:], False, 1.0
 
 
 def _line_case(
-    ids: list[int], length: int, rng: random.Random, tokenizer: Tokenizer
+    texts: Texts, length: int, rng: random.Random, tokenizer: Tokenizer
 ) -> tuple[list[int], list[int], bool, float]:
     """The rest of a line of at least eight tokens, of which the prompt has the first three."""
     for _ in range(1000):
-        passage = _passage(ids, length + 2 * CONTINUATION, rng)
+        passage = _passage(texts, length + 2 * CONTINUATION, rng)
         ends = [i for i, t in enumerate(passage) if b"\n" in tokenizer.token_bytes(t)]
         begin = next((e + 1 for e in ends if e + 4 >= length), None)
         if begin is None:
@@ -184,7 +194,7 @@ def _line_case(
 
 
 def build(
-    kind: str, ids: list[int], length: int, count: int, seed: str, tokenizer: Tokenizer
+    kind: str, texts: Texts, length: int, count: int, seed: str, tokenizer: Tokenizer
 ) -> list[Case]:
     """`count` cases of every task of a kind, about `length` tokens each, depths spread evenly."""
     cases = []
@@ -194,11 +204,11 @@ def build(
             rng = random.Random(zlib.crc32(f"{seed}/{name}".encode()))
             depth = 0.05 + 0.85 * ((number * 0.618034) % 1.0)
             if task == "text":
-                parts = _text_case(ids, length, rng)
+                parts = _text_case(texts, length, rng)
             elif task == "line":
-                parts = _line_case(ids, length, rng, tokenizer)
+                parts = _line_case(texts, length, rng, tokenizer)
             else:
-                parts = _fact_case(task, ids, length, depth, rng, tokenizer)
+                parts = _fact_case(task, texts, length, depth, rng, tokenizer)
             prompt, answer, exact, place = parts
             cases.append(Case(name, kind, task, tuple(prompt), tuple(answer), exact, place))
     return cases

@@ -13,13 +13,16 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
-from torch_llama import Shape, TorchLlama
+from torch_llama import Shape, TorchLlama, attend_prompt
 
 WINDOW = 64  # queries of the prompt's end that the service is given
 _QUERY_ROWS = 512  # of a prefill, side by side
-_LOGIT_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # of attention, of one layer
+# Of a pair of query and key (logits, weights and their copies), and of a token of the vocabulary.
+_ATTENTION_BYTES, _VOCABULARY_BYTES = 18, 24
 
 
 @dataclasses.dataclass
@@ -31,7 +34,7 @@ class Prefill:
         keys: [T, Hkv, D] a layer, after RoPE.
         values: likewise.
         queries: [T, Hq, D] a layer, after RoPE.
-        received: fp32 [Hq, T] a layer, sum of the attention each token received.
+        received: fp32 [Hq, T] a layer, sum of the attention each token received; or empty.
     """
 
     token_ids: Tensor
@@ -46,41 +49,37 @@ class Prefill:
         return len(self.token_ids)
 
 
-def _attend_and_sum(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Causal attention [T, Hq, D] and the attention received [Hq, T]."""
+def _received(q: Tensor, k: Tensor) -> Tensor:
+    """Attention that each token received of all queries, [Hq, T]."""
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
-    keys, values = k.permute(1, 2, 0), v.permute(1, 0, 2)  # [Hkv, D, T], [Hkv, T, D]
+    keys = k.permute(1, 2, 0)[:, None]  # [Hkv, 1, D, T]
     received = torch.zeros(kv_heads, heads // kv_heads, tokens, device=q.device)
-    out = torch.empty_like(q)
     for begin in range(0, tokens, _QUERY_ROWS):
         end = min(begin + _QUERY_ROWS, tokens)
         rows = q[begin:end].view(end - begin, kv_heads, -1, dim).permute(1, 2, 0, 3)
-        logits = (rows @ keys[:, None, :, :end]).float() * dim**-0.5
-        places = torch.arange(end, device=q.device)
-        future = places > places[begin:, None]
-        weights = logits.masked_fill_(future, float("-inf")).softmax(dim=-1)
-        received[..., :end] += weights.sum(dim=-2)
-        mixed = weights.to(v.dtype) @ values[:, None, :end]
-        out[begin:end] = mixed.permute(2, 0, 1, 3).reshape(end - begin, heads, dim)
-    return out, received.view(heads, tokens)
+        logits = (rows * dim**-0.5) @ keys[..., :end]
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., begin:].masked_fill_(future, float("-inf"))
+        received[..., :end] += logits.softmax(dim=-1, dtype=torch.float32).sum(dim=-2)
+    return received.view(heads, tokens)
 
 
 @torch.inference_mode()
-def prefill(model: TorchLlama, token_ids: Sequence[int]) -> Prefill:
-    """Runs a prompt."""
+def prefill(model: TorchLlama, token_ids: Sequence[int], with_received: bool = True) -> Prefill:
+    """Runs a prompt; `received` stays empty where it is not asked for."""
     tokens = torch.tensor(token_ids, device=model.device, dtype=torch.int64)
     found = Prefill(tokens, [], [], [], [])
 
-    def attend(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, received = _attend_and_sum(q, k, v)
+    def keep(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
         found.keys.append(k.contiguous())
         found.values.append(v.contiguous())
         found.queries.append(q.contiguous())
-        found.received.append(received)
-        return out
+        if with_received:
+            found.received.append(_received(q, k))
 
-    model.hidden_states(tokens, torch.arange(len(tokens), device=model.device), attend)
+    positions = torch.arange(len(tokens), device=model.device)
+    model.hidden_states(tokens, positions, attend_prompt(keep))
     return found
 
 
@@ -103,7 +102,7 @@ def read_masked(
     Returns:
         [M, A, Hq, D].
     """
-    readers, new, heads, dim = q.shape
+    readers, new, _, dim = q.shape
     kv_heads = k.shape[2]
     num_past = past[0].shape[0]
     rows = q.view(readers, new, kv_heads, -1, dim).permute(2, 0, 3, 1, 4)  # [Hkv, M, G, A, D]
@@ -121,17 +120,28 @@ def read_masked(
         logits[..., :num_past].masked_fill_(hidden, float("-inf"))
     future = torch.ones(new, new, dtype=torch.bool, device=q.device).triu(1)
     logits[..., num_past:].masked_fill_(future, float("-inf"))
-    weights = (logits * dim**-0.5).softmax(dim=-1).to(v.dtype)
+    weights = logits.mul_(dim**-0.5).softmax(dim=-1).to(v.dtype)
     mixed = weights[..., :num_past].reshape(kv_heads, -1, num_past) @ values
     mixed = mixed.view(kv_heads, readers, groups, new, dim)
     mixed = mixed + weights[..., num_past:] @ v.permute(2, 0, 1, 3)[:, :, None]
     return mixed.permute(1, 3, 0, 2, 4).reshape(q.shape)
 
 
-def readers_at_once(shape: Shape, device: str, num_past: int, num_new: int) -> int:
-    """How many readers fit the memory that attention may take."""
-    each = shape.num_query_heads * num_new * (num_past + num_new) * 4
-    return max(1, _LOGIT_BYTES[device] // each)
+def attend_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last N tokens [N, Hq, D] over all T tokens [T, Hkv, D], causal."""
+    groups = q.shape[1] // k.shape[1]
+    keys, values = (part.repeat_interleave(groups, dim=1) for part in (k, v))
+    query, key, value = (part.transpose(0, 1)[None] for part in (q, keys, values))
+    mask = causal_lower_right(len(q), len(k))
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return mixed[0].transpose(0, 1)
+
+
+def readers_at_once(shape: Shape, memory_bytes: int, num_past: int, num_new: int) -> int:
+    """How many readers fit the memory: attention of one layer, or logits, with their copies."""
+    attention = shape.num_query_heads * (num_past + num_new) * _ATTENTION_BYTES
+    scores = shape.vocab_size * _VOCABULARY_BYTES
+    return max(1, memory_bytes // (num_new * max(attention, scores)))
 
 
 @torch.inference_mode()
@@ -158,4 +168,4 @@ def continue_with(
         return read_masked(parts[0], parts[1], parts[2], kept, mask).reshape(q.shape)
 
     hidden = model.hidden_states(tokens, positions.repeat(num_readers), attend)
-    return model.logits(hidden).float().view(num_readers, new, -1)
+    return model.exact_logits(hidden).view(num_readers, new, -1)

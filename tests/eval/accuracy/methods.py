@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from dynsplit import policy
@@ -22,7 +24,7 @@ class Method:
     Attributes:
         name: unique within its mode.
         mode: "evict" or "index".
-        group: "preset", "rigid", "ablation" or "kvpress".
+        group: "preset", "rigid", "ablation", "kvpress" or "grid".
         choices: arguments of `dynsplit.policy`; empty for presses.
         needs_received: the policy ranks by the attention that tokens received.
     """
@@ -34,8 +36,15 @@ class Method:
     needs_received: bool = False
 
     def policy(self, share: float) -> types_pb2.Policy:
-        """The policy at that share of the tokens."""
+        """The policy at that share of the tokens, or so many of them where it is above 1."""
+        if share > 1:
+            return policy(**self.choices, tokens_per_head=int(share))
         return policy(**self.choices, kept_ratio=share)
+
+
+def budget_of(share: float, num_tokens: int) -> int:
+    """Tokens that a share of so many is; above 1 it is a number of tokens itself."""
+    return min(num_tokens, int(share)) if share > 1 else max(1, int(num_tokens * share))
 
 
 def weights_profile(kind: str) -> str:
@@ -64,33 +73,77 @@ def _cuts(mode: str, base: str) -> list[Method]:
 
     rigid = [row(f"fixed{n}", "rigid", segmentation="fixed", block_size=n) for n in FIXED]
     rigid.append(row("delimiters", "rigid", segmentation="delimiter_set"))
+    size = 20 if mode == "evict" else 14
     return [
         *rigid,
-        row("no_length_control", "ablation", balance=1.0, max_deviation=13),
-        row("no_delimiters", "ablation", segmentation="fixed", block_size=14),
+        row("no_length_control", "ablation", balance=1.0, block_size=64),
+        row("no_delimiters", "ablation", segmentation="fixed", block_size=size),
         row("no_weights", "ablation", profile=_UNIFORM),
     ]
 
 
+_PAPER = {"segmentation": "dynamic", "block_size": 14, "max_deviation": 6, "balance": 0.6}
+# One choice of dynsplit less at a time; "first_completion" is what stood before tuning.
+_EVICT_ABLATIONS: dict[str, dict[str, Any]] = {
+    "first_completion": {
+        **_PAPER,
+        "num_window_queries": 64,
+        "query_reduction": "mean",
+        "pooling_kernel": 5,
+        "scope": "layer",
+    },
+    "narrow_deviation": _PAPER,
+    "mean_of_queries": {"query_reduction": "mean"},
+    "window_64": {"num_window_queries": 64},
+    "one_set_a_layer": {"scope": "layer"},
+    "max_of_block": {"block_reduction": "max"},
+}
+_INDEX_ABLATIONS: dict[str, dict[str, Any]] = {
+    "index_unrefined": {"refinement_factor": 1},
+    "index_bound": {"scoring": "block_bound", "refinement_factor": 4},
+    "index_bound_unrefined": {"scoring": "block_bound", "refinement_factor": 1},
+    "index_first_completion": {**_PAPER, "scoring": "block_bound", "refinement_factor": 1},
+}
+
+
 def table(client: Client, kinds: tuple[str, ...], presses: tuple[str, ...]) -> list[Method]:
-    """Every row: the server's presets, rigid splittings, the paper's ablations, and presses."""
+    """Every row: the server's presets, rigid splittings, ablations, and presses."""
     found = []
     for preset in client.policies():
         name = preset.policy.preset
         mode = "index" if preset.policy.transform == types_pb2.TRANSFORM_INDEX else "evict"
         received = preset.required_evidence == types_pb2.EVIDENCE_ACCUMULATED_SCORES
         found.append(Method(name, mode, "preset", {"preset": name}, received))
-    found += _cuts("evict", "dynsplit") + _cuts("index", "dynsplit_index")
-    found.append(
-        Method(
-            "index_mean",
-            "index",
-            "ablation",
-            {"preset": "dynsplit_index", "scoring": "block_mean_key"},
-        )
-    )
+    for mode, base in (("evict", "dynsplit"), ("index", "dynsplit_index")):
+        found += _cuts(mode, base)
+        rows = _EVICT_ABLATIONS if mode == "evict" else _INDEX_ABLATIONS
+        found += [Method(n, mode, "ablation", {"preset": base, **c}) for n, c in rows.items()]
     for kind in kinds:
         choices = {"preset": "dynsplit", "profile": weights_profile(kind)}
         found.append(Method(f"weights_of_{kind}", "evict", "ablation", choices))
     found += [Method(f"kvpress_{name}", "evict", "kvpress") for name in presses]
+    return found
+
+
+def grid(path: Path) -> list[Method]:
+    """Rows of a JSON file, [{"name", "mode", "choices"}, ...]: variations to measure by the way.
+
+    Choices are arguments of `dynsplit.policy`; "kept_ratio" is the share's.
+
+    Raises:
+        ValueError: a row is none, or a choice is unknown.
+    """
+    found = []
+    for row in json.loads(path.read_text()):
+        unknown = set(row) - {"name", "mode", "choices"}
+        choices = row.get("choices")
+        if unknown or row.get("mode") not in ("evict", "index") or not isinstance(choices, dict):
+            raise ValueError(f"{path}: {row} is no row of name, mode (evict, index) and choices")
+        ranked = choices.get("scoring") == "accumulated" or choices.get("preset") == "h2o"
+        method = Method(row["name"], row["mode"], "grid", choices, ranked)
+        try:
+            method.policy(0.5)
+        except TypeError as error:
+            raise ValueError(f"{path}: {row['name']}: {error}") from error
+        found.append(method)
     return found

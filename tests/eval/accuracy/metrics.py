@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,27 +30,28 @@ def score_logits(logits: Tensor, full: Tensor, answer: Sequence[int]) -> list[di
     right = logits.argmax(dim=-1) == wanted
     nll = -found.gather(-1, wanted.expand(len(logits), -1)[..., None])[..., 0].mean(dim=-1)
     kl = (reference.exp() * (reference - found)).sum(dim=-1).mean(dim=-1)
-    columns = {
-        "exact": right.all(dim=-1).double(),
-        "tokens": right.double().mean(dim=-1),
-        "nll": nll.double(),
-        "kl": kl.double(),
-    }
-    return [{k: float(v[m]) for k, v in columns.items()} for m in range(len(logits))]
+    columns = (right.all(dim=-1), right.double().mean(dim=-1), nll, kl)
+    table = torch.stack([column.double() for column in columns], dim=-1).tolist()
+    return [dict(zip(("exact", "tokens", "nll", "kl"), row, strict=True)) for row in table]
 
 
-def interval(
-    groups: Sequence[Array], seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+@functools.lru_cache(maxsize=256)
+def _draws(num_values: int, seed: int, resamples: int) -> Array:
+    """How often each value is drawn, [resamples, num_values]."""
+    random = np.random.default_rng([seed, num_values])
+    even = np.full(num_values, 1.0 / num_values)
+    return random.multinomial(num_values, even, size=resamples).astype(np.float64)
+
+
+def interval(groups: Sequence[Array], seed: int, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % bootstrap interval of the mean over groups of their means; cases are resampled in each.
 
     Paired where the values are differences of one case's two scores.
     """
-    random = np.random.default_rng(seed)
     means = np.zeros(resamples)
-    for values in groups:
-        chosen = random.integers(len(values), size=(resamples, len(values)))
-        means += values[chosen].mean(axis=1) / len(groups)
+    for number, values in enumerate(groups):
+        drawn = _draws(len(values), seed + number, resamples)
+        means += drawn @ values / (len(values) * len(groups))
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -59,7 +61,7 @@ def ranks(values: Sequence[float]) -> Array:
     array = np.asarray(values, np.float64)
     below = (array[None] < array[:, None]).sum(axis=1)
     same = (array[None] == array[:, None]).sum(axis=1)
-    return below + (same + 1) / 2
+    return np.asarray(below + (same + 1) / 2, np.float64)
 
 
 def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
@@ -70,4 +72,3 @@ def rank_correlation(left: Sequence[float], right: Sequence[float]) -> float:
     if a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from torch_llama import TorchLlama
 
-from .engine import Prefill, read_masked
+from .engine import Prefill, attend_whole
 
 CHUNK_LENGTH = 20
 _REPEAT = "\n\nRepeat the previous context exactly."
@@ -67,11 +67,12 @@ def _press(name: str, removed: float) -> Any:
 
 
 class Judge:
-    """Runs presses on one prompt."""
+    """Runs presses on one prompt; each scores it once, whatever the shares."""
 
     def __init__(self, model: TorchLlama, past: Prefill, tokenizer: Any) -> None:
         """Of a prefill; `tokenizer` is needed by kvzip."""
         self._model, self._past, self._tokenizer = model, past, tokenizer
+        self._scores: dict[str, Tensor] = {}
         shape = model.shape
         self._config = types.SimpleNamespace(
             num_attention_heads=shape.num_query_heads,
@@ -82,20 +83,56 @@ class Judge:
             _attn_implementation="sdpa",
         )
 
+    @torch.inference_mode()
     def kept(self, name: str, share: float) -> Tensor:
         """Bool [L, Hkv, T]."""
         removed = 1.0 - share
+        shape, tokens = self._model.shape, self._past.num_tokens
+        size = (shape.num_layers, shape.num_kv_heads, tokens)
         if removed <= 0:
-            shape = self._model.shape
-            size = (shape.num_layers, shape.num_kv_heads, self._past.num_tokens)
             return torch.ones(size, dtype=torch.bool, device=self._model.device)
         press = _press(name, removed)
         if name == "kvzip":
-            return self._kvzip(press)
-        layers = range(self._model.shape.num_layers)
+            return self._pruned(press)
         if name == "chunkkv":
-            return torch.stack([self._compressed(press, layer) for layer in layers])
-        return torch.stack([self._ranked(press, layer) for layer in layers])
+            return self._chunks(removed)
+        from kvpress.utils import compute_n_kept
+
+        # As ScorerPress.compress: the highest scores of every head.
+        scores = self._scored(name, press)
+        best = scores.topk(compute_n_kept(tokens, removed), dim=-1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+    def _scored(self, name: str, press: Any) -> Tensor:
+        """[L, Hkv, T]."""
+        if name not in self._scores:
+            layers = range(self._model.shape.num_layers)
+            found = [press.score(*self._arguments(layer))[0] for layer in layers]
+            self._scores[name] = torch.stack(found)
+        return self._scores[name]
+
+    def _chunks(self, removed: float) -> Tensor:
+        """ChunkKV over SnapKV's scores, on the host: the press loops over its chunks."""
+        from kvpress.presses.chunkkv_press import ChunkKVPress
+        from kvpress.presses.scorer_press import ScorerPress
+
+        class Given(ScorerPress):  # type: ignore[misc]
+            """A press that was asked before."""
+
+            def score(self, module: Any, *_: Any) -> Tensor:
+                scores: Tensor = module.scores
+                return scores
+
+        press = ChunkKVPress(Given(removed), chunk_length=CHUNK_LENGTH)
+        scores = self._scored("snapkv", _press("snapkv", removed)).cpu()
+        mask = torch.zeros_like(scores, dtype=torch.bool)
+        # Row t of every head holds the number t: what comes back are the kept tokens.
+        number = torch.arange(scores.shape[-1]).view(1, 1, -1, 1).expand(1, scores.shape[1], -1, 1)
+        for own, kept in zip(scores, mask, strict=True):
+            module = types.SimpleNamespace(head_dim=1, scores=own[None])
+            moved, _ = press.compress(module, None, number, number, None, {})
+            kept.scatter_(-1, moved[0, :, :, 0], True)
+        return mask.to(self._model.device)
 
     def _module(self, layer: int) -> Any:
         def rotary(_like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,13 +147,13 @@ class Judge:
             rotary_emb=rotary,
         )
 
-    def _arguments(self, layer: int, values: Tensor | None = None) -> tuple[Any, ...]:
+    def _arguments(self, layer: int) -> tuple[Any, ...]:
         past = self._past
         positions = torch.arange(past.num_tokens, device=self._model.device)
         hidden = self._before_rope(past.queries[layer], positions)
-        keys = past.keys[layer].float().transpose(0, 1)[None]
-        if values is None:
-            values = past.values[layer].float().transpose(0, 1)[None]
+        keys, values = (
+            part[layer].float().transpose(0, 1)[None] for part in (past.keys, past.values)
+        )
         return self._module(layer), hidden, keys, values, None, self._tables(positions)
 
     def _tables(self, positions: Tensor) -> dict[str, Any]:
@@ -130,27 +167,24 @@ class Judge:
         low, high = exact.chunk(2, dim=-1)
         return (exact * cos - torch.cat((-high, low), -1) * sin).reshape(1, len(queries), -1)
 
-    def _ranked(self, press: Any, layer: int) -> Tensor:
-        """As ScorerPress.compress: the highest scores of every head."""
-        from kvpress.utils import compute_n_kept
+    def _pruned(self, press: Any) -> Tensor:
+        """The press's own global choice, of scores that it gave once."""
+        shape, device = self._model.shape, self._model.device
+        if "kvzip" not in self._scores:
+            self._scores["kvzip"] = self._repetition_scores(press)
+        press.score_val = self._scores["kvzip"].clone()
+        modules = [self._module(layer) for layer in range(shape.num_layers)]
+        layers = [types.SimpleNamespace(self_attn=module) for module in modules]
+        press.compress_post(types.SimpleNamespace(model=types.SimpleNamespace(layers=layers)))
+        size = (shape.num_layers, shape.num_kv_heads, self._past.num_tokens)
+        masks = torch.ones(size, dtype=torch.bool)
+        for mask, module in zip(masks, modules, strict=True):
+            _, heads, positions = module.masked_key_indices
+            mask[heads, positions] = False
+        return masks.to(device)
 
-        scores = press.score(*self._arguments(layer))[0]
-        count = compute_n_kept(self._past.num_tokens, press.compression_ratio)
-        mask = torch.zeros_like(scores, dtype=torch.bool)
-        return mask.scatter_(-1, scores.topk(count, dim=-1).indices, True)
-
-    def _compressed(self, press: Any, layer: int) -> Tensor:
-        """Of a press that reads no values: row t of every value head holds the number t."""
-        keys = self._past.keys[layer]
-        number = torch.arange(len(keys), device=keys.device, dtype=torch.float32)
-        values = number.view(1, 1, -1, 1).expand(1, keys.shape[1], -1, keys.shape[2])
-        _, moved = press.compress(*self._arguments(layer, values))
-        mask = torch.zeros(keys.shape[1], len(keys), dtype=torch.bool, device=keys.device)
-        return mask.scatter_(-1, moved[0, :, :, 0].long(), True)
-
-    @torch.inference_mode()
-    def _kvzip(self, press: Any) -> Tensor:
-        """The model repeats its context; scores and the global choice are the press's own."""
+    def _repetition_scores(self, press: Any) -> Tensor:
+        """[L, 1, Hkv, T]: the model repeats its context; scores are the press's own."""
         past, shape, device = self._past, self._model.shape, self._model.device
         tokens = past.num_tokens
         size = (shape.num_layers, 1, shape.num_kv_heads, tokens)
@@ -164,28 +198,19 @@ class Judge:
             words = torch.tensor(prompt, device=device), before, torch.tensor(suffix, device=device)
             press.start_idx, press.end_idx = begin, begin + len(chunk)
             self._repeat(press, torch.cat((*words, chunk)))
-        modules = [self._module(layer) for layer in range(shape.num_layers)]
-        layers = [types.SimpleNamespace(self_attn=module) for module in modules]
-        press.compress_post(types.SimpleNamespace(model=types.SimpleNamespace(layers=layers)))
-        masks = torch.ones(shape.num_layers, shape.num_kv_heads, tokens, dtype=torch.bool)
-        for mask, module in zip(masks, modules, strict=True):
-            _, heads, positions = module.masked_key_indices
-            mask[heads, positions] = False
-        return masks.to(device)
+        scores: Tensor = press.score_val
+        return scores
 
     def _repeat(self, press: Any, ids: Tensor) -> None:
         past = self._past
         positions = torch.arange(len(ids), device=ids.device) + past.num_tokens
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = (
-                torch.cat((old, new)).float().transpose(0, 1)[None]
-                for old, new in ((past.keys[layer], k), (past.values[layer], v))
-            )
+            keys = torch.cat((past.keys[layer], k))
+            values = torch.cat((past.values[layer], v))
             hidden = self._before_rope(q, positions)
-            arguments = (hidden, keys, values, None, self._tables(positions))
-            press.score_kvzip(self._module(layer), *arguments)
-            parts = (part[None] for part in (q, k, v))
-            return read_masked(*parts, (past.keys[layer], past.values[layer]), None)[0]
+            parts = (part.float().transpose(0, 1)[None] for part in (keys, values))
+            press.score_kvzip(self._module(layer), hidden, *parts, None, self._tables(positions))
+            return attend_whole(q, keys, values)
 
         self._model.hidden_states(ids, positions, attend)

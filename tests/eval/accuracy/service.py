@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks the running service which tokens of a prompt are read.
+"""Asks the running service which tokens of a prompt are kept.
 
-K, V and queries of a prompt are put into shared memory once and named in every call.
+K, V and queries of a prompt are put into shared memory once and named in every call; what the
+service returns comes back in shared memory too. Calls may run side by side, one a room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from dynsplit.client import Client
-from dynsplit.session_calls import Step
-from dynsplit.shared import HostRegion
-from dynsplit.tensors import RegionTensor, to_torch
+from dynsplit.results import Compressed
+from dynsplit.tensors import RegionSlice, RegionTensor, to_torch
 from dynsplit.v1 import compression_pb2
 from torch import Tensor
 
@@ -24,7 +30,7 @@ from torch_llama import Shape
 from .engine import WINDOW, Prefill
 from .methods import Method
 
-_CALLS = ThreadPoolExecutor(8)
+_SPARE_ROWS = 512  # of a room: pages are whole, and so may be the last one of every layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,173 +38,197 @@ class Kept:
     """What a compression kept.
 
     Attributes:
-        mask: bool [L, Hkv, T].
         share: kept rows over all rows.
         mass: retained attention mass, mean; None where there is no receipt.
         error: relative error of attention's output, mean; likewise.
+        checked: the returned rows were compared with the prompt's own, and were these.
     """
 
-    mask: Tensor
     share: float
     mass: float | None = None
     error: float | None = None
+    checked: bool = False
 
 
 class Mismatch(RuntimeError):
     """The service returned other rows than those it says it kept."""
 
 
-def mask_of(tokens: Tensor, num_kv_heads: int, num_tokens: int) -> Tensor:
-    """Bool [..., Hkv, T] of token numbers [..., groups, n], groups 1 or Hkv."""
-    mask = torch.zeros((*tokens.shape[:-1], num_tokens), dtype=torch.bool, device=tokens.device)
-    mask.scatter_(-1, tokens.long(), True)
-    return mask.expand(*tokens.shape[:-2], num_kv_heads, num_tokens)
+class _Room:
+    """Shared memory for results, as `Client.compress(output=)` takes it."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._bytes = shared.tensor
+        self.place: RegionSlice = shared.place
+
+    def array(self, _dtype: npt.DTypeLike, *shape: int, offset_bytes: int = 0) -> Any:
+        """Bytes of the room: torch's on the device, numpy's on the host."""
+        part = self._bytes[offset_bytes : offset_bytes + shape[0]]
+        return part if part.is_cuda else part.numpy()
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """The prompt that lies in the shared memory."""
+
+    past: Prefill
+    token_ids: npt.NDArray[np.int32]
+    keys: list[RegionTensor]
+    values: list[RegionTensor]
+    queries: list[RegionTensor]
+    received: list[RegionTensor] | None
 
 
 class Service:
     """One client with the memory that it shares; for prompts up to `max_tokens`."""
 
     def __init__(
-        self, client: Client, buffers: Buffers, shape: Shape, dtype: torch.dtype, max_tokens: int
+        self,
+        client: Client,
+        buffers: Buffers,
+        shape: Shape,
+        dtype: torch.dtype,
+        max_tokens: int,
+        calls_at_once: int = 2,
     ) -> None:
-        """Registers the memory."""
-        self.client, self._shape, self._max_tokens = client, shape, max_tokens
+        """Shares the memory; `calls_at_once` compressions have room."""
+        self.client, self.buffers, self.shape, self.dtype = client, buffers, shape, dtype
+        self.max_tokens, self.calls_at_once = max_tokens, calls_at_once
         layers, heads = shape.num_layers, shape.num_query_heads
         rows = (layers, max_tokens, shape.num_kv_heads, shape.head_dim)
         self._kv = buffers.allocate(dtype, 2, *rows)
         self._queries = buffers.allocate(dtype, layers, WINDOW, heads, shape.head_dim)
         self._received = buffers.allocate(torch.float32, layers, heads * max_tokens)
-        page = self._kv.tensor.element_size() * 2 * layers * shape.num_kv_heads * shape.head_dim
-        # Pages are whole, and so may be the last one of every layer.
-        self._output = HostRegion(client, page * (max_tokens + 512), 3600)
-
-    def close(self) -> None:
-        """Gives the memory back that is not the buffers'."""
-        self._output.close()
+        size = shape.kv_bytes(max_tokens + _SPARE_ROWS, dtype.itemsize)
+        self._rooms: queue.SimpleQueue[_Room] = queue.SimpleQueue()
+        for _ in range(calls_at_once):
+            self._rooms.put(_Room(buffers.allocate(torch.uint8, size)))
+        self._loaded: _Loaded | None = None
+        self._streams = threading.local()
 
     def load(self, past: Prefill) -> None:
         """Puts a prompt where the service finds it."""
-        tokens = past.num_tokens
-        if tokens > self._max_tokens:
-            raise ValueError(f"the prompt has {tokens} tokens, room is for {self._max_tokens}")
-        for layer in range(self._shape.num_layers):
+        tokens, shape = past.num_tokens, self.shape
+        if tokens > self.max_tokens:
+            raise ValueError(f"the prompt has {tokens} tokens, room is for {self.max_tokens}")
+        for layer in range(shape.num_layers):
             self._kv.tensor[0, layer, :tokens] = past.keys[layer]
             self._kv.tensor[1, layer, :tokens] = past.values[layer]
-            self._queries.tensor[layer] = past.queries[layer][-WINDOW:]
-            received = past.received[layer].reshape(-1)
-            self._received.tensor[layer, : len(received)] = received
-        if self._kv.tensor.is_cuda:
-            torch.cuda.synchronize()
+            self._queries.tensor[layer, : min(WINDOW, tokens)] = past.queries[layer][-WINDOW:]
+            if past.received:
+                received = past.received[layer].reshape(-1)
+                self._received.tensor[layer, : len(received)] = received
+        layers = range(shape.num_layers)
+        rows = (tokens, shape.num_kv_heads, shape.head_dim)
+        window = (min(WINDOW, tokens), shape.num_query_heads, shape.head_dim)
+        sums = (shape.num_query_heads, tokens)
+        self._loaded = _Loaded(
+            past,
+            past.token_ids.int().cpu().numpy(),  # waits for the device, the copies included
+            [self._kv.part((0, layer), *rows) for layer in layers],
+            [self._kv.part((1, layer), *rows) for layer in layers],
+            [self._queries.part((layer,), *window) for layer in layers],
+            [self._received.part((layer,), *sums) for layer in layers] if past.received else None,
+        )
 
-    def _rows(self, kind: int, tokens: int) -> list[RegionTensor]:
-        row = (self._shape.num_kv_heads, self._shape.head_dim)
-        layers = range(self._shape.num_layers)
-        return [self._kv.part((kind, layer), tokens, *row) for layer in layers]
+    def _prompt(self) -> _Loaded:
+        if self._loaded is None:
+            raise ValueError("no prompt is loaded")
+        return self._loaded
 
-    @staticmethod
-    def _each_layer(shared: Shared, num_layers: int, *shape: int) -> list[RegionTensor]:
-        return [shared.part((layer,), *shape) for layer in range(num_layers)]
+    @torch.inference_mode()
+    def evict(self, method: Method, share: float, mask: Tensor, check: bool = True) -> Kept:
+        """Compresses the loaded prompt.
 
-    def evict(self, past: Prefill, method: Method, share: float) -> Kept:
-        """Compresses the loaded prompt, and checks that the rows that came are the prompt's own.
+        Args:
+            method: of mode "evict".
+            share: of the tokens.
+            mask: bool [L, Hkv, T], on the engine's device; set to what was kept.
+            check: compare the rows that came with the prompt's own.
 
         Raises:
-            Mismatch: they are not.
+            Mismatch: they are others.
+            DynSplitError: the service refused.
         """
-        shape, tokens = self._shape, past.num_tokens
-        window = (min(WINDOW, tokens), shape.num_query_heads, shape.head_dim)
-        received = None
-        if method.needs_received:
-            size = (shape.num_query_heads, tokens)
-            received = self._each_layer(self._received, shape.num_layers, *size)
-        result = self.client.compress(
-            past.token_ids.int().cpu().numpy(),
-            self._rows(0, tokens),
-            self._rows(1, tokens),
-            queries=self._each_layer(self._queries, shape.num_layers, *window),
-            accumulated_scores=received,
-            policy=method.policy(share),
-            output=self._output,
-        )
-        masks = []
-        for layer in result.layers:
-            kept = torch.from_numpy(layer.tokens.copy()).to(past.keys[0].device)
-            masks.append(mask_of(kept, shape.num_kv_heads, tokens))
-            heads = torch.arange(shape.num_kv_heads, device=kept.device)
-            rows = kept.expand(shape.num_kv_heads, -1).T.long()  # [n, Hkv]
-            for returned, own in zip(layer.rows(), (past.keys, past.values), strict=True):
-                expected = own[layer.layer][rows, heads]
-                found = to_torch(returned).to(expected.device)
-                if not torch.equal(found, expected):
-                    raise Mismatch(f"{method.name} at {share}: layer {layer.layer}")
-        mask = torch.stack(masks)
+        prompt = self._prompt()
+        room = self._rooms.get()
+        try:
+            result = self.client.compress(
+                prompt.token_ids,
+                prompt.keys,
+                prompt.values,
+                queries=prompt.queries,
+                accumulated_scores=prompt.received if method.needs_received else None,
+                policy=method.policy(share),
+                output=room,
+            )
+            with self._stream(mask):
+                mask.zero_()
+                for layers, tokens in self._tokens(result, mask.device):
+                    mask[layers.start : layers.stop].scatter_(-1, tokens, True)
+                    if check:
+                        self._compare(result, layers, tokens, f"{method.name} at {share}")
+        finally:
+            self._rooms.put(room)
         receipt = result.receipt
+        kept_rows = sum(layer.num_kept for layer in result.layers)
         return Kept(
-            mask,
-            float(mask.float().mean()),
+            kept_rows / (self.shape.num_layers * mask.shape[-1]),
             receipt.retained_attention_mass_mean if receipt else None,
             receipt.output_relative_error_mean if receipt else None,
+            check,
         )
 
-    def open(self, past: Prefill, method: Method) -> Session:
-        """Stores the loaded prompt as a session."""
-        session = self.client.open(
-            past.token_ids.int().cpu().numpy(),
-            self._rows(0, past.num_tokens),
-            self._rows(1, past.num_tokens),
-            num_query_heads=self._shape.num_query_heads,
+    @contextlib.contextmanager
+    def _stream(self, like: Tensor) -> Iterator[None]:
+        """The calling thread's own stream of the device; waits for it at the end."""
+        if not like.is_cuda:
+            yield
+            return
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._streams.own):
+            yield
+        self._streams.own.synchronize()
+
+    def _tokens(self, result: Compressed, device: torch.device) -> Iterator[tuple[range, Tensor]]:
+        """Runs of layers that kept equally many, with their tokens: int64 [layers, Hkv, n]."""
+        heads = self.shape.num_kv_heads
+        for _, members in itertools.groupby(result.layers, lambda layer: layer.tokens.shape):
+            run = list(members)
+            tokens = torch.stack([_as_torch(layer.tokens).to(device) for layer in run]).long()
+            yield range(run[0].layer, run[-1].layer + 1), tokens.expand(-1, heads, -1)
+
+    def _compare(self, result: Compressed, layers: range, tokens: Tensor, name: str) -> None:
+        """All layers in a few operations of the device: rows by their number among all rows."""
+        device, heads = tokens.device, self.shape.num_kv_heads
+        head = torch.arange(heads, device=device)[:, None]
+        layer = torch.arange(layers.start, layers.stop, device=device)[:, None, None]
+        places = ((layer * self.max_tokens + tokens) * heads + head).transpose(1, 2).flatten()
+        pairs = [result.layers[number].rows() for number in layers]
+        for kind, own in enumerate(self._kv.tensor.flatten(1, 3)):
+            found = [_as_torch(pair[kind]).reshape(-1, self.shape.head_dim) for pair in pairs]
+            if not torch.equal(own[places], torch.cat(found).to(device)):
+                raise Mismatch(f"{name}: other {('keys', 'values')[kind]} than the prompt's")
+
+    def open(self, method: Method) -> str:
+        """Stores the loaded prompt as a session; returns its name."""
+        prompt = self._prompt()
+        return self.client.open(
+            prompt.token_ids,
+            prompt.keys,
+            prompt.values,
+            num_query_heads=self.shape.num_query_heads,
             policy=method.policy(1.0),
         ).session_id
-        return Session(self.client, session, self._shape, past.num_tokens)
 
-    def calibrate(self, past: Prefill) -> compression_pb2.DelimiterProfile:
-        """Delimiter weights measured on a prompt."""
-        queries = [part.cpu().numpy() for part in past.queries]
-        return self.client.calibrate(
-            past.token_ids.int().cpu().numpy(),
-            self._rows(0, past.num_tokens),
-            queries,
-            range(past.num_tokens),
-        )
+    def calibrate(self) -> compression_pb2.DelimiterProfile:
+        """Delimiter weights measured on the loaded prompt."""
+        prompt = self._prompt()
+        queries = [part.cpu() for part in prompt.past.queries]
+        positions = range(prompt.past.num_tokens)
+        return self.client.calibrate(prompt.token_ids, prompt.keys, queries, positions)
 
 
-class Session:
-    """A prompt at rest; a context manager that releases it."""
-
-    def __init__(self, client: Client, session_id: str, shape: Shape, num_tokens: int) -> None:
-        """Of an open session."""
-        self.session_id, self.num_tokens = session_id, num_tokens
-        self._client, self._shape = client, shape
-
-    def __enter__(self) -> Session:
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Releases."""
-        self._client.release(self.session_id)
-
-    def step(self, layer: int, query: Tensor, budget: int) -> Step:
-        """What one query [Hq, D] of a layer asks."""
-        return Step(self.session_id, query[None, None], first_layer=layer, tokens_per_head=budget)
-
-
-def select(
-    client: Client, calls: Sequence[Sequence[Step]], shape: Shape, num_tokens: int
-) -> Tensor:
-    """Bool [calls, steps, Hkv, T]: what each step reads. Calls run side by side.
-
-    A call has at most one step of a session.
-    """
-
-    def chosen(steps: Sequence[Step]) -> Tensor:
-        masks = []
-        for selection in client.select(steps):
-            if selection.dense_layers:
-                masks.append(torch.ones(shape.num_kv_heads, num_tokens, dtype=torch.bool))
-                continue
-            tokens = torch.from_numpy(selection.tokens[0].copy())
-            masks.append(mask_of(tokens, shape.num_kv_heads, num_tokens))
-        return torch.stack(masks)
-
-    return torch.stack(list(_CALLS.map(chosen, calls)))
+def _as_torch(rows: Any) -> Tensor:
+    return rows if isinstance(rows, Tensor) else to_torch(rows)

@@ -6,11 +6,17 @@ summary.csv      a cell a method, mode, share, kind ("all": every kind) and task
 comparisons.csv  dynsplit (evict) and dynsplit_index (index) less every other method, kind "all",
                  paired by case
 receipts.csv     what receipts said, and the true divergence, a cell a method, share and kind
+failures.csv     methods that failed, in how many cases, and the first error
 
 Scores, higher is better: share of right answers (passkey, multikey, variables, qa), share of right
 tokens (line), "kl" = -divergence from the full cache's next tokens in nats, "nll" = -negative
-log-likelihood of the true continuation (-log of its perplexity), "average" = mean over the tasks of
-right and wrong.
+log-likelihood of the true continuation (-log of its perplexity).
+
+"average" = mean over the tasks of right and wrong. A task that the model cannot do with the full
+cache says nothing of a method: cases of one kind, task and prompt length count in the average only
+where the full cache scores at least COUNTED = 0.2 over them. That looks at the full cache alone,
+and was fixed before any method was measured. "relative" = average of the method / average of the
+full cache, in the same cases.
 """
 
 from __future__ import annotations
@@ -29,9 +35,13 @@ from .cases import ACCURACY_TASKS
 
 SUMMARY = ("method", "mode", "share", "kind", "task", "n", "score", "full_score", "lo", "hi")
 COMPARISONS = ("mode", "share", "task", "method", "other", "n", "difference", "lo", "hi")
+FAILURES = ("method", "mode", "cases", "shares", "error")
 RECEIPTS = ("method", "share", "kind", "n", "mass", "error", "kl")
+RUN = "run.json"  # {"config", "methods", "cases"}: what the last run was asked for
 REFERENCE = {"evict": "dynsplit", "index": "dynsplit_index"}
 TASKS = (*ACCURACY_TASKS, "kl", "nll")
+COUNTED = 0.2
+_IN_AVERAGE = "average of "  # and a task: its cases that count
 
 Cell = tuple[str, str, float, str]  # method, mode, share, kind
 Pairs = dict[str, tuple[float, float]]  # by case: score, full score
@@ -44,23 +54,49 @@ def task_scores(task: str, score: dict[str, float]) -> dict[str, float]:
     return {task: score["tokens" if task == "line" else "exact"]}
 
 
-def load(folder: Path, config: str) -> list[dict[str, Any]]:
-    """Measured cases of one configuration."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    return [case for case in found if case.get("config") == config]
+def load(folder: Path) -> list[dict[str, Any]]:
+    """Measured cases of the run that RUN describes."""
+    run = json.loads((folder / RUN).read_text())
+    paths = [folder / "cases" / f"{name}.json" for name in run["cases"]]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    return [case for case in found if case.get("config") == run["config"]]
 
 
-def cells(measured: Iterable[dict[str, Any]]) -> dict[Cell, dict[str, Pairs]]:
+def full_scores(case: dict[str, Any], mode: str) -> dict[str, float]:
+    """Of the full cache, over the tokens that the mode is measured on."""
+    name = "full_index" if mode == "index" else "full"
+    return task_scores(case["task"], case.get(name, case["full"]))
+
+
+def counted(measured: Iterable[dict[str, Any]], mode: str) -> set[str]:
+    """Names of cases, without their number, that the full cache can do."""
+    found: dict[str, list[float]] = {}
+    for case in measured:
+        if case["task"] in ACCURACY_TASKS:
+            score = full_scores(case, mode)[case["task"]]
+            found.setdefault(_stratum(case), []).append(score)
+    return {stratum for stratum, scores in found.items() if np.mean(scores) >= COUNTED}
+
+
+def _stratum(case: dict[str, Any]) -> str:
+    return str(case["case"]).rpartition("-")[0]  # kind, task and length
+
+
+def cells(measured: Sequence[dict[str, Any]]) -> dict[Cell, dict[str, Pairs]]:
     """By cell and task, the scores of every case."""
+    counts = {mode: counted(measured, mode) for mode in REFERENCE}
     found: dict[Cell, dict[str, Pairs]] = {}
     for case in measured:
-        full = task_scores(case["task"], case["full"])
+        full = {mode: full_scores(case, mode) for mode in REFERENCE}
         for row in case["rows"]:
+            mode = row["mode"]
             for task, score in task_scores(case["task"], row).items():
                 for kind in (case["kind"], "all"):
-                    cell = (row["method"], row["mode"], row["share"], kind)
-                    tasks = found.setdefault(cell, {})
-                    tasks.setdefault(task, {})[case["case"]] = (score, full[task])
+                    tasks = found.setdefault((row["method"], mode, row["share"], kind), {})
+                    pair = (score, full[mode][task])
+                    tasks.setdefault(task, {})[case["case"]] = pair
+                    if _stratum(case) in counts[mode]:
+                        tasks.setdefault(_IN_AVERAGE + task, {})[case["case"]] = pair
     return found
 
 
@@ -68,13 +104,14 @@ def _seed(*parts: object) -> int:
     return zlib.crc32(repr(parts).encode())
 
 
-def _groups(tasks: dict[str, Pairs], task: str) -> list[Pairs]:
+def _groups(tasks: dict[str, Pairs], task: str) -> dict[str, Pairs]:
     """Cases of a task; "average" has a group for each task of right and wrong."""
-    names = ACCURACY_TASKS if task == "average" else (task,)
-    return [tasks[name] for name in names if name in tasks]
+    if task == "average":
+        return {name: tasks[name] for t in ACCURACY_TASKS if (name := _IN_AVERAGE + t) in tasks}
+    return {task: tasks[task]} if task in tasks else {}
 
 
-def _means(groups: Sequence[Pairs], side: int) -> float:
+def _means(groups: Iterable[Pairs], side: int) -> float:
     return float(np.mean([np.mean([pair[side] for pair in group.values()]) for group in groups]))
 
 
@@ -83,14 +120,17 @@ def summary(found: dict[Cell, dict[str, Pairs]]) -> list[dict[str, Any]]:
     rows = []
     for cell in sorted(found):
         for task in (*TASKS, "average"):
-            groups = _groups(found[cell], task)
+            groups = _groups(found[cell], task).values()
             if not groups:
                 continue
             lost = [np.array([a - b for a, b in group.values()]) for group in groups]
             low, high = metrics.interval(lost, _seed(cell[3], task))
             n = sum(len(group) for group in groups)
-            numbers = (n, _means(groups, 0), _means(groups, 1), low, high)
-            rows.append(dict(zip(SUMMARY, (*cell, task, *numbers), strict=True)))
+            mean, full = _means(groups, 0), _means(groups, 1)
+            rows.append(dict(zip(SUMMARY, (*cell, task, n, mean, full, low, high), strict=True)))
+            if task == "average" and full > 0:
+                relative = (n, mean / full, 1.0, low / full, high / full)
+                rows.append(dict(zip(SUMMARY, (*cell, "relative", *relative), strict=True)))
     return rows
 
 
@@ -102,13 +142,8 @@ def comparisons(found: dict[Cell, dict[str, Pairs]]) -> list[dict[str, Any]]:
         ours = found.get((method, mode, share, kind))
         if kind != "all" or other == method or ours is None:
             continue
-        theirs = found[other, mode, share, kind]
         for task in (*TASKS, "average"):
-            pairs = list(zip(_groups(ours, task), _groups(theirs, task), strict=True))
-            gains = [
-                np.array([a[case][0] - b[case][0] for case in a if case in b]) for a, b in pairs
-            ]
-            gains = [gain for gain in gains if len(gain)]
+            gains = _gains(_groups(ours, task), _groups(found[other, mode, share, kind], task))
             if not gains:
                 continue
             low, high = metrics.interval(gains, _seed(kind, task))
@@ -116,6 +151,31 @@ def comparisons(found: dict[Cell, dict[str, Pairs]]) -> list[dict[str, Any]]:
             numbers = (sum(map(len, gains)), mean, low, high)
             names = (mode, share, task, method, other)
             rows.append(dict(zip(COMPARISONS, (*names, *numbers), strict=True)))
+    return rows
+
+
+def _gains(ours: dict[str, Pairs], theirs: dict[str, Pairs]) -> list[metrics.Array]:
+    """Differences of score by group, of the cases that both have."""
+    found = []
+    for task in sorted(ours.keys() & theirs.keys()):
+        a, b = ours[task], theirs[task]
+        found.append(np.array([a[case][0] - b[case][0] for case in a if case in b]))
+    return [gain for gain in found if len(gain)]
+
+
+def failures(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of failures.csv."""
+    found: dict[tuple[str, str], list[tuple[str, dict[str, Any]]]] = {}
+    for case in measured:
+        for entry in case.get("failures", ()):
+            found.setdefault((entry["method"], entry["mode"]), []).append((case["case"], entry))
+    rows = []
+    for (method, mode), entries in sorted(found.items()):
+        shares = sorted({entry["share"] for _, entry in entries if entry["share"] is not None})
+        names = len({name for name, _ in entries})
+        asked = " ".join(map(str, shares)) or "all"
+        values = (method, mode, names, asked, entries[0][1]["error"])
+        rows.append(dict(zip(FAILURES, values, strict=True)))
     return rows
 
 
@@ -132,6 +192,29 @@ def receipts(measured: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         means = [float(np.mean([m[name] for m in members])) for name in ("mass", "error", "kl")]
         rows.append(dict(zip(RECEIPTS, (*cell, len(members), *means), strict=True)))
     return rows
+
+
+def tables(measured: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of every CSV, by its name."""
+    found = cells(measured)
+    return {
+        "summary": summary(found),
+        "comparisons": comparisons(found),
+        "receipts": receipts(measured),
+        "failures": failures(measured),
+    }
+
+
+def write_all(folder: Path, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Every CSV."""
+    columns = {
+        "summary": SUMMARY,
+        "comparisons": COMPARISONS,
+        "receipts": RECEIPTS,
+        "failures": FAILURES,
+    }
+    for name, rows in found.items():
+        write(folder / f"{name}.csv", columns[name], rows)
 
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

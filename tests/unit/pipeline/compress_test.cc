@@ -49,6 +49,7 @@ TEST_F(CompressTest, AFullBudgetKeepsEverythingExactly) {
 
 TEST_F(CompressTest, KeepsTheBudgetTheProtectedAndWholeBlocksButOne) {
   Policy policy = PresetPolicy("dynsplit");
+  policy.scope = Scope::kLayer;
   policy.budget.kept_ratio = 0.4;
   const LayerResult result = Compress(policy);
   const SequenceContext& context = *contexts_.back();
@@ -85,6 +86,7 @@ TEST_F(CompressTest, KeepsTheBudgetTheProtectedAndWholeBlocksButOne) {
 
 TEST_F(CompressTest, PagesHoldTheKeptRowsThenZeros) {
   Policy policy = PresetPolicy("dynsplit");
+  policy.scope = Scope::kLayer;
   policy.budget = {.target = BudgetPolicy::Target::kTokens, .tokens_per_head = 90};
   const LayerResult result = Compress(policy);
   EXPECT_EQ(result.pages.num_kept, 90);
@@ -137,6 +139,7 @@ TEST_F(CompressTest, OutputBytesAreWhatLayerOutputBytesSaysAndWithinABytesTarget
 
 TEST_F(CompressTest, ReceiptMassIsTheShareOfAttentionOnKeptTokens) {
   Policy policy = PresetPolicy("dynsplit");
+  policy.scope = Scope::kLayer;
   policy.budget.kept_ratio = 0.3;
   const LayerResult result = Compress(policy);
   double sum = 0;

@@ -168,7 +168,10 @@ TEST_F(MethodsTest, BlockScoresFindTheBlockTheQueriesPointAt) {
   for (const auto method :
        {ScoringPolicy::Method::kBlockBound, ScoringPolicy::Method::kBlockMeanKey}) {
     Policy policy = PresetPolicy("dynsplit");
-    policy.scoring.method = method;
+    policy.segmentation.block_size = 14;
+    policy.segmentation.max_deviation = 6;
+    policy.scoring = {.method = method};
+    policy.scope = Scope::kLayer;
     policy.protection.num_sink_tokens = policy.protection.num_recent_tokens = 0;
     policy.budget = {.target = BudgetPolicy::Target::kTokens, .tokens_per_head = 40};
     const auto context = Prepare(Spec(policy));

@@ -38,7 +38,7 @@ TEST(PlanHashTest, IsStableAcrossBuilds) {
   // new kPolicyVersion.
   const Plan plan = SmallPlan();
   EXPECT_EQ(ToHex(plan.layers[0].Hash()), "ea3238e4b6c08b1f3cec47af76753b82");
-  EXPECT_EQ(ToHex(HashPlan(plan)), "8d24a2bf2136ccb6d82f23d92bdc43c9");
+  EXPECT_EQ(ToHex(HashPlan(plan)), "54d75daa0b851d1611e356c61424ff34");
 }
 
 TEST(PlanHashTest, CanBeMadeWhileLayersFlow) {
@@ -99,6 +99,9 @@ TEST(CanonicalPolicyTest, TellsAllFieldsApart) {
       [](Policy& p) { p.scoring.pooling_kernel = 7; },
       [](Policy& p) { p.scoring.pooling = ScoringPolicy::Pooling::kMax; },
       [](Policy& p) { p.scoring.block_reduction = ScoringPolicy::BlockReduction::kSum; },
+      [](Policy& p) {
+        p.scoring.query_reduction = ScoringPolicy::QueryReduction::kRootMeanSquare;
+      },
       [](Policy& p) { p.scoring.lse_base_2 = true; },
       [](Policy& p) { p.scoring.softmax_scale = 0.125; },
       [](Policy& p) { p.scoring.refinement_factor = 4; },

@@ -88,7 +88,7 @@ TEST(ValidatePolicyTest, RefusesEachBrokenFieldByName) {
          p.segmentation.block_size = 65537;
        }},
       {"policy.segmentation.max_deviation", [](auto& p) { p.segmentation.max_deviation = -1; }},
-      {"policy.segmentation.max_deviation", [](auto& p) { p.segmentation.max_deviation = 14; }},
+      {"policy.segmentation.max_deviation", [](auto& p) { p.segmentation.max_deviation = 20; }},
       {"policy.segmentation.balance", [](auto& p) { p.segmentation.balance = -0.1; }},
       {"policy.segmentation.balance", [](auto& p) { p.segmentation.balance = 1.1; }},
       {"policy.segmentation.balance", [](auto& p) { p.segmentation.balance = kNan; }},
@@ -98,6 +98,11 @@ TEST(ValidatePolicyTest, RefusesEachBrokenFieldByName) {
        [](auto& p) { p.segmentation.profile = std::string(65, 'a'); }},
       {"policy.scoring.num_window_queries", [](auto& p) { p.scoring.num_window_queries = -1; }},
       {"policy.scoring.num_window_queries", [](auto& p) { p.scoring.num_window_queries = 1025; }},
+      {"policy.scoring.query_reduction",
+       [](auto& p) {
+         p.scoring.method = ScoringPolicy::Method::kKeyNorm;
+         p.scoring.query_reduction = ScoringPolicy::QueryReduction::kRootMeanSquare;
+       }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 0; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 4; }},
       {"policy.scoring.pooling_kernel", [](auto& p) { p.scoring.pooling_kernel = 65; }},
@@ -285,9 +290,14 @@ TEST(PresetsTest, RowsThatOthersJudgeAreWhatTheyClaim) {
   EXPECT_EQ(chunkkv.protection.num_sink_tokens, 0);
   EXPECT_EQ(chunkkv.protection.num_recent_tokens, 64);
   const Policy dynsplit = (*FindPreset("dynsplit"))->policy;
-  EXPECT_EQ(dynsplit.segmentation.block_size, 14);
-  EXPECT_EQ(dynsplit.segmentation.max_deviation, 6);
-  EXPECT_EQ(dynsplit.segmentation.balance, 0.6);
+  EXPECT_EQ(dynsplit.segmentation.block_size, 20);
+  EXPECT_EQ(dynsplit.segmentation.max_deviation, 19);
+  EXPECT_EQ(dynsplit.segmentation.balance, 0.9);
+  EXPECT_EQ(dynsplit.scoring.num_window_queries, 16);
+  EXPECT_EQ(dynsplit.scoring.pooling_kernel, 1);
+  EXPECT_EQ(dynsplit.scoring.query_reduction,
+            ScoringPolicy::QueryReduction::kRootMeanSquare);
+  EXPECT_EQ(dynsplit.scope, Scope::kLayerHead);
   EXPECT_EQ(dynsplit.protection.num_sink_tokens, 4);
   EXPECT_EQ(dynsplit.protection.num_recent_tokens, 32);
   EXPECT_EQ(RequiredEvidence((*FindPreset("quest"))->policy), Evidence::kKeys);

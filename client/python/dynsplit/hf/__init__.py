@@ -10,7 +10,8 @@ One shot: the prefill cache goes through the service, generation goes on over wh
 
 Resident: nothing is dropped; each decode step reads what the session chooses for its queries.
 
-    with dynsplit.hf.SessionCache(model, client, dynsplit.index_policy(kept_ratio=0.1)) as cache:
+    policy = dynsplit.index_policy(kept_ratio=0.1, profile="smollm2")
+    with dynsplit.hf.SessionCache(model, client, policy) as cache:
         model.generate(**inputs, past_key_values=cache)
 
 On another machine than the prefill's, `cache_of` makes a cache of what it sent.

@@ -155,6 +155,11 @@ def causal_mask(
     return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, hidden)
 
 
+def query_length_of(given: int | torch.Tensor) -> int:
+    """The argument of a layer's `get_mask_sizes`: earlier 5.x give the queries' positions."""
+    return int(given.shape[0]) if isinstance(given, torch.Tensor) else given
+
+
 def check_unpadded(kwargs: dict[str, Any]) -> None:
     """Refuses prompts with padding.
 

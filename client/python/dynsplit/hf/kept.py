@@ -16,7 +16,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from dynsplit.calls import OnError
 from dynsplit.client import Client
-from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded, rope_of
+from dynsplit.hf.hook import (
+    Attend,
+    ModelHook,
+    causal_mask,
+    check_unpadded,
+    query_length_of,
+    rope_of,
+)
 from dynsplit.results import Compressed
 from dynsplit.tensors import is_torch, to_torch
 from dynsplit.v1 import types_pb2
@@ -41,9 +48,9 @@ class KeptLayer(DynamicLayer):
         """T and what came after it."""
         return int(self.keys.shape[-2]) + self.num_dropped
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """Rows with the query's own, and the place of the first one if they ended at the end."""
-        return int(self.keys.shape[-2]) + query_length, self.num_dropped
+        return int(self.keys.shape[-2]) + query_length_of(query_length), self.num_dropped
 
 
 class Compression(ModelHook):

@@ -8,6 +8,8 @@ dimension. The tail is what has been generated since the last append; the model 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import warnings
 from types import TracebackType
 from typing import Any, Self
@@ -20,11 +22,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynsplit import errors, tensors
 from dynsplit.calls import OnError
 from dynsplit.client import Client
-from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded
+from dynsplit.hf.hook import Attend, ModelHook, causal_mask, check_unpadded, query_length_of
 from dynsplit.session_calls import Gather, Selection, Step
 from dynsplit.v1 import types_pb2
 
 _MAX_QUERIES = 64  # of a step
+_MESSAGE_BYTES = 4 << 20  # of an answer, where the server does not say
+_ROW_FACT_BYTES = 24  # of a row beside its elements: scales, slot, token
+_PROTECTED_TOKENS = 256  # by which sinks, recent tokens and the open block may raise a budget
 
 
 class ResidentLayer(CacheLayerMixin):
@@ -62,13 +67,15 @@ class ResidentLayer(CacheLayerMixin):
         """Tokens in the sessions and in the tail."""
         return self.num_stored + (int(self.keys.shape[-2]) if self.is_initialized else 0)
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | torch.Tensor) -> tuple[int, int]:
         """As if all rows were here; `SessionCache` makes the masks of chosen rows itself."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + query_length_of(query_length), 0
 
     def get_max_length(self) -> int:
         """No limit: what the sessions have no room for stays in the tail."""
         return -1
+
+    get_max_cache_shape = get_max_length  # its name in earlier 5.x
 
     def reset(self) -> None:
         """Refused: what lies in the sessions does not come back."""
@@ -114,8 +121,9 @@ class SessionCache(Cache):
             policy: see `dynsplit.index_policy`; without dense layers. None = the server's default.
             tokens_per_head: budget of a step; 0 = the policy's.
             speculative: choose rows of all layers in one call a step, by the queries of the step
-                before, moving only rows that it did not read; otherwise each layer chooses by its
-                own queries, in a call of its own.
+                before, moving only rows that it did not read (all rows, in several calls, where
+                those of all layers are more than one message of the server may hold); otherwise
+                each layer chooses by its own queries, in a call of its own.
             append_every: tokens generated between appends; they are always read.
             reserve_tokens: room for generated tokens in the sessions; more stay here and are read.
             residence: see `Client.open`.
@@ -135,6 +143,7 @@ class SessionCache(Cache):
         self._append_every, self._on_error = append_every, on_error
         self._hook = _Reader(model, self)
         self._capacity = 0
+        self._layers_a_call = config.num_hidden_layers
         self._ids: list[torch.Tensor] = []  # of the tail, [B, t] each
         self._queries: dict[int, torch.Tensor] = {}  # by layer, [B, Hq, W, D], of this forward
         self._slots: list[_Slots] = []  # by sequence: rows read in the next step (speculative)
@@ -212,6 +221,7 @@ class SessionCache(Cache):
                 )
                 opened.append(stored.session_id)
                 self._capacity = stored.info.capacity_tokens
+                self._fit(stored.info)
         except errors.AWAY as error:
             for session in opened:
                 with contextlib.suppress(errors.DynSplitError):
@@ -241,22 +251,39 @@ class SessionCache(Cache):
         for layer in self.layers:
             layer.store()
 
+    def _fit(self, info: types_pb2.SessionInfo) -> None:
+        """Sets how many layers' rows go into one answer, whose size the server limits."""
+        limit = self._client.server_info().limits.max_message_bytes or _MESSAGE_BYTES
+        budget, tokens = info.policy.budget, info.capacity_tokens
+        chosen = self._tokens_per_head or budget.tokens_per_head
+        chosen = chosen or math.ceil(tokens * budget.kept_ratio)
+        rows = info.shape.num_kv_heads * min(tokens, chosen + _PROTECTED_TOKENS)
+        row_bytes = 2 * info.shape.head_dim * self.layers[0].keys.element_size() + _ROW_FACT_BYTES
+        self._layers_a_call = max(1, limit // (rows * row_bytes))
+
     def _select(
         self, first_layer: int, queries: list[torch.Tensor], generations: list[int] | None
     ) -> list[Selection]:
-        """Of layers from `first_layer` on; queries [B, Hq, W, D] each."""
+        """Of layers from `first_layer` on; queries [B, Hq, W, D] each; a selection a session."""
         stacked = torch.stack(queries).permute(1, 0, 3, 2, 4)  # [B, layers, W, Hq, D]
+        count, most = len(queries), self._layers_a_call
         steps = [
             Step(
                 session,
-                stacked[sequence].contiguous(),
-                first_layer=first_layer,
+                stacked[sequence, begin : begin + most].contiguous(),
+                first_layer=first_layer + begin,
                 tokens_per_head=self._tokens_per_head,
-                gather=Gather(generations[sequence] if generations else 0),
+                # The server remembers the rows of a session's last call: of all layers, or of none.
+                gather=Gather(generations[sequence] if generations and count <= most else 0),
             )
             for sequence, session in enumerate(self.session_ids)
+            for begin in range(0, count, most)
         ]
-        selections = self._client.select(steps)
+        together, answers = max(1, most // count), []
+        for begin in range(0, len(steps), together):
+            answers += self._client.select(steps[begin : begin + together])
+        pieces = -(-count // most)
+        selections = [_join(answers[i : i + pieces]) for i in range(0, len(answers), pieces)]
         self.chosen_rows += sum(selection.chosen_rows for selection in selections)
         self.moved_rows += sum(selection.moved_rows for selection in selections)
         return selections
@@ -273,6 +300,21 @@ class SessionCache(Cache):
                 self._slots[sequence].take(selection)
             else:  # of another length all rows have moved
                 self._slots[sequence] = _Slots.of(selection, queries[0])
+
+
+def _join(parts: list[Selection]) -> Selection:
+    """Consecutive layers of one session as one selection."""
+    if len(parts) == 1:
+        return parts[0]
+    return dataclasses.replace(
+        parts[0],
+        tokens=None,
+        generation=0,
+        moved_rows=sum(part.moved_rows for part in parts),
+        chosen_rows=sum(part.chosen_rows for part in parts),
+        moved=[rows for part in parts for rows in part.moved],
+        held=np.concatenate([part.held for part in parts if part.held is not None]),
+    )
 
 
 class _Slots:
