@@ -42,7 +42,7 @@ sanitize() {  # sanitize TOOL LIMIT_S FILTER
 # racecheck is slower by far, and needs only one shape a kernel: 16-bit and fp32 paths, small and large depth.
 # Selection and what reads it also at the depth of most models, which has kernels of its own.
 race="CudaParity.*/gqa3_d64_padded:CudaParity.*/gqa2_d256:CudaParity.*/e4m3_token_scales_paged"
-for operation in ScoreWindow MeasureAttention ScoreBlocks SelectBlocks AttendTokens RefreshRows; do race="$race:CudaParity.$operation/gqa4_d128"; done
+for operation in ScoreWindow MeasureAttention ScoreBlocks SelectBlocks ScoreTokens SelectCandidates AttendTokens RefreshRows; do race="$race:CudaParity.$operation/gqa4_d128"; done
 race="$race:-*SelectAdversarial*"
 
 step tests 300 bin/gpu_tests --gtest_brief=1

@@ -135,9 +135,10 @@ class KindSelector {
   // Whether scores by head are what selection reads, so that a caller's memory can take them.
   bool ByHead() const { return kind_.groups == kind_.num_kv_heads; }
 
-  // Where blocks have nothing to decide and nobody asks, they are not scored.
+  // Where all tokens are candidates and nobody asks, blocks are not scored.
   static bool NeedsBlocks(const SelectionStep& step) {
-    return step.block_scores != nullptr || step.budget.num_candidates < step.sequence->num_tokens();
+    return step.block_scores != nullptr || !step.budget.refined() ||
+           step.budget.num_candidates < step.sequence->num_tokens();
   }
 
   absl::Status ScoreBlocks() {

@@ -365,11 +365,6 @@ std::vector<StreamCase> OpenCases() {
            [](Job&, P& p) { p.mutable_scoring()->set_refinement_factor(-1); }),
       open("RefinementTooLarge", kInvalid, "policy.scoring.refinement_factor",
            [](Job&, P& p) { p.mutable_scoring()->set_refinement_factor(17); }),
-      open("RefinementOfNoBlocks", kInvalid, "policy.scoring.refinement_factor",
-           [](Job&, P& p) {
-             p.mutable_scoring()->set_method(v1::Scoring::METHOD_KEY_NORM);
-             p.mutable_scoring()->set_refinement_factor(2);
-           }),
       open("ScopeGlobal", Code::kUnimplemented, "",
            [](Job&, P& p) { p.set_scope(v1::SCOPE_GLOBAL); }),
       open("Pinned", Code::kUnimplemented, "",

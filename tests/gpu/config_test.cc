@@ -88,10 +88,12 @@ TEST(ScoreConfigTest, TilesTakeSixteenByteRowsOfFactorsThatMeet) {
   };
   EXPECT_TRUE(UsesScoreTiles(DecodeShape()));
   EXPECT_TRUE(takes([](ScoreShape& s) { s.query_dtype = DType::kFloat16; }));
+  EXPECT_TRUE(takes([](ScoreShape& s) { s.summary_dtype = DType::kInt8; }));
   EXPECT_TRUE(takes([](ScoreShape& s) { s.head_dim = 16; }));
   EXPECT_TRUE(takes([](ScoreShape& s) { s.head_dim = 256; }));
   EXPECT_TRUE(takes([](ScoreShape& s) { s.rows = kernels::kScoreMaxRows; }));
   EXPECT_FALSE(takes([](ScoreShape& s) { s.aligned = false; }));
+  EXPECT_FALSE(takes([](ScoreShape& s) { s.summary_dtype = DType::kFloat8E5M2; }));
   EXPECT_FALSE(takes([](ScoreShape& s) { s.query_dtype = DType::kFloat32; }));
   EXPECT_FALSE(takes([](ScoreShape& s) { s.head_dim = 24; }));
   EXPECT_FALSE(takes([](ScoreShape& s) { s.head_dim = 272; }));

@@ -426,10 +426,13 @@ void TokensDecideAmongCandidates(Backend& backend, const Kind& kind) {
       ASSERT_EQ(selection.budget.num_candidates, num_candidates);
       const Selection proposed = Select(*proposing, text, num_candidates, device);
       EXPECT_TRUE(Selection::SameBits(selection.scores, proposed.scores));
-      Pending unasked = MakeStep(*sequence, text, budget, device);
-      unasked.step.block_scores = nullptr;
-      ASSERT_TRUE(SelectSteps({&unasked.step, 1}, backend, device.stream()).ok());
-      EXPECT_EQ(Finish(std::move(unasked), device).tokens, selection.tokens);
+      for (const int64_t each : {budget, kNumTokens}) {  // whether scores are wanted or not
+        Pending unasked = MakeStep(*sequence, text, each, device);
+        unasked.step.block_scores = nullptr;
+        ASSERT_TRUE(SelectSteps({&unasked.step, 1}, backend, device.stream()).ok());
+        EXPECT_EQ(Finish(std::move(unasked), device).tokens,
+                  Select(*sequence, text, each, device).tokens);
+      }
       for (int32_t layer = 0; layer < kNumLayers; ++layer) {
         if (layer == kDenseLayer) continue;
         double error = 0;
