@@ -48,9 +48,9 @@ Policy WithBlocks(Policy policy, int32_t block_size) {
   return policy;
 }
 
-Policy WithCut(Policy policy, int32_t max_deviation, double balance) {
+Policy WithCut(Policy policy, int32_t block_size, int32_t max_deviation) {
+  policy.segmentation.block_size = block_size;
   policy.segmentation.max_deviation = max_deviation;
-  policy.segmentation.balance = balance;
   return policy;
 }
 
@@ -76,8 +76,7 @@ Policy WithMaxPooling(Policy policy) {
 
 std::vector<Preset> MakePresets() {
   return {
-      {WithOurWindow(
-           Row("dynsplit", Segment::kDynamic, Score::kWindowQueries, Scope::kLayerHead)),
+      {WithOurWindow(Row("dynsplit", Segment::kDynamic, Score::kWindowQueries, Scope::kLayerHead)),
        "Dynamic delimiter blocks ranked per KV head by the root mean square of the attention of up "
        "to 16 window queries; blocks are kept by rank, the last one cut so that all heads keep "
        "equal counts.",
@@ -85,7 +84,7 @@ std::vector<Preset> MakePresets() {
        "dynsplit_keys"},
       {Protecting(Refined(WithCut(AsIndex(Row("dynsplit_index", Segment::kDynamic,
                                               Score::kBlockMeanKey, Scope::kLayerHead)),
-                                  13, 0.9),
+                                  14, 13),
                           4),
                   4, 8),
        "Keeps all tokens and adds mean keys of dynamic delimiter blocks, for selection at each "

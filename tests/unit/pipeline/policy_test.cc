@@ -279,6 +279,18 @@ TEST(PresetsTest, TheDefaultPolicyIsTheFirstRow) {
   EXPECT_EQ(FindPreset("snapkw").status().code(), absl::StatusCode::kNotFound);
 }
 
+TEST(PresetsTest, TheIndexIsWhatItsAccuracyWasMeasuredWith) {
+  const Policy index = (*FindPreset("dynsplit_index"))->policy;
+  EXPECT_EQ(index.segmentation.block_size, 14);
+  EXPECT_EQ(index.segmentation.max_deviation, 13);
+  EXPECT_EQ(index.segmentation.balance, 0.9);
+  EXPECT_EQ(index.scoring.method, ScoringPolicy::Method::kBlockMeanKey);
+  EXPECT_EQ(index.scoring.refinement_factor, 4);
+  EXPECT_EQ(index.protection.num_sink_tokens, 4);
+  EXPECT_EQ(index.protection.num_recent_tokens, 8);
+  EXPECT_EQ(index.scope, Scope::kLayerHead);
+}
+
 TEST(PresetsTest, RowsThatOthersJudgeAreWhatTheyClaim) {
   const Policy chunkkv = (*FindPreset("chunkkv"))->policy;
   EXPECT_EQ(chunkkv.segmentation.method, SegmentationPolicy::Method::kFixed);
