@@ -30,6 +30,7 @@ constexpr float kScale = 0.08838835F;  // 1 / sqrt(128)
 constexpr int64_t kSinkTokens = 4;
 constexpr int64_t kRecentTokens = 32;
 constexpr int32_t kModelLayers = 32;
+constexpr int64_t kRefinementFactor = 4;  // of preset dynsplit_index
 
 // Bounds of one layer's blocks, laid out as a resident sequence lays them out: a block's minima,
 // then its maxima.
@@ -48,6 +49,7 @@ struct Layer {
   Bounds wide;    // bfloat16
   Buffer block_scores;
   Buffer tokens;
+  Buffer candidates, token_scores;  // of a refined step
   Buffer output;
 };
 
@@ -112,6 +114,15 @@ class DecodeBench {
       Report("attend_tokens" + budget, (RowBytes(num_selected) + TokenBytes(num_selected)) * batch,
              Read(), [&] { Attend(num_selected); });
     }
+    // What a refined step does in between, at 10 %.
+    const int64_t num_selected = num_tokens_ / 10;
+    const int64_t num_candidates = kRefinementFactor * num_selected;
+    Propose(num_candidates);
+    Report("score_tokens 40%", CandidateBytes(num_candidates) * batch, Read(),
+           [&] { ScoreTokens(num_candidates); });
+    Report("select_blocks 10% of 40%",
+           (2 * TokenBytes(num_candidates) + TokenBytes(num_selected)) * batch, Read(),
+           [&] { SelectCandidates(num_candidates, num_selected); });
     // What else can attend to everything: the same kernel, told to read all rows.
     Report(
         "attend_tokens all rows", 2 * KeyBytes() * batch, Read(), [&] { AttendAll(); },
@@ -134,6 +145,26 @@ class DecodeBench {
           "step (graph) " + std::to_string(percent) + "%", bytes * batch, Read(),
           [&] { step.Launch(); }, 2 * KeyBytes() * batch);
     }
+  }
+
+  // The same with tokens that decide among candidates.
+  void RunRefinedStep() {
+    const double batch = static_cast<double>(layers_.size());
+    const int64_t num_selected = num_tokens_ / 10;
+    const int64_t num_candidates = kRefinementFactor * num_selected;
+    const Graph step(device_, [&] {
+      ScoreBlocks(DType::kFloat8E4M3);
+      Propose(num_candidates);
+      ScoreTokens(num_candidates);
+      SelectCandidates(num_candidates, num_selected);
+      Attend(num_selected);
+    });
+    const double bytes = BoundBytes(DType::kFloat8E4M3) + ScoreBytes() +
+                         CandidateBytes(num_candidates) + 2 * TokenBytes(num_candidates) +
+                         TokenBytes(num_selected) + RowBytes(num_selected);
+    Report(
+        "refined step (graph) 10%", bytes * batch, Read(), [&] { step.Launch(); },
+        2 * KeyBytes() * batch);
   }
 
   // Choosing for all layers of a model in one call each.
@@ -203,6 +234,10 @@ class DecodeBench {
   static double TokenBytes(int64_t num_selected) {
     return 4.0 * kHeads * static_cast<double>(num_selected);
   }
+  // Keys, places and scores.
+  static double CandidateBytes(int64_t num_candidates) {
+    return RowBytes(num_candidates) / 2 + 2 * TokenBytes(num_candidates);
+  }
   // Of K and V.
   static double RowBytes(int64_t num_selected) {
     return 2.0 * kHeads * kRowBytes * static_cast<double>(num_selected);
@@ -244,6 +279,8 @@ class DecodeBench {
     layer.wide = Summarized(layer, DType::kBFloat16);
     layer.block_scores = device_.Allocate(kHeads * num_blocks_ * 4);
     layer.tokens = device_.Allocate(kHeads * num_tokens_ * 4);
+    layer.candidates = device_.Allocate(kHeads * num_tokens_ * 4);
+    layer.token_scores = device_.Allocate(kHeads * num_tokens_ * 4);
     layer.output = device_.Allocate(kQueryHeads * kRowBytes);
   }
 
@@ -293,6 +330,41 @@ class DecodeBench {
   void SelectBlocks(int64_t num_selected) const {
     std::vector<SelectBlocksItem> items;
     for (const Layer& layer : layers_) items.push_back(SelectItem(layer, num_selected));
+    Check(kernels::SelectBlocks({.items = items, .groups = kHeads}, device_.launch));
+  }
+  void Propose(int64_t num_candidates) const {
+    std::vector<SelectBlocksItem> items;
+    for (const Layer& layer : layers_) {
+      items.push_back(SelectItem(layer, num_candidates));
+      items.back().tokens = layer.candidates.as<int32_t>();
+    }
+    Check(kernels::SelectBlocks({.items = items, .groups = kHeads}, device_.launch));
+  }
+  void ScoreTokens(int64_t num_candidates) const {
+    std::vector<ScoreTokensItem> items;
+    for (const Layer& layer : layers_) {
+      items.push_back({.queries = Queries(layer),
+                       .keys = HeadMajor(layer.keys.data(), num_tokens_),
+                       .tokens = layer.candidates.as<int32_t>(),
+                       .num_tokens = num_candidates,
+                       .token_scores = layer.token_scores.as<float>()});
+    }
+    Check(kernels::ScoreTokens({.items = items, .groups = kHeads, .softmax_scale = kScale},
+                               device_.launch));
+  }
+  void SelectCandidates(int64_t num_candidates, int64_t num_selected) const {
+    std::vector<SelectBlocksItem> items;
+    for (const Layer& layer : layers_) {
+      items.push_back({.block_scores = layer.token_scores.as<float>(),
+                       .block_starts = nullptr,
+                       .num_blocks = num_candidates,
+                       .num_tokens = num_candidates,
+                       .prefix_end = kSinkTokens,
+                       .suffix_begin = num_candidates - kRecentTokens,
+                       .num_selected = num_selected,
+                       .tokens = layer.tokens.as<int32_t>(),
+                       .names = layer.candidates.as<int32_t>()});
+    }
     Check(kernels::SelectBlocks({.items = items, .groups = kHeads}, device_.launch));
   }
   void Attend(int64_t num_selected) const {
@@ -444,6 +516,8 @@ void Main() {
   many.RunOperations();
   one.RunSteps();
   many.RunSteps();
+  one.RunRefinedStep();
+  many.RunRefinedStep();
 }
 
 }  // namespace

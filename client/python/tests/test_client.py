@@ -230,6 +230,21 @@ def test_server_policies_and_memory_are_told(service: Client) -> None:
     assert told.key_value == 2 * 2 * 2 * 100 * 16 * 4
 
 
+def test_blocks_propose_as_many_candidates_as_a_policy_says(service: Client) -> None:
+    shape = types_pb2.SequenceShape(
+        num_layers=2, num_query_heads=4, num_kv_heads=2, num_tokens=100, head_dim=16
+    )
+    (index,) = (
+        entry.policy for entry in service.policies() if entry.policy.preset == "dynsplit_index"
+    )
+    assert index.scoring.refinement_factor == 4
+    refined = dynsplit.policy("dynsplit_index", scoring="block_bound", refinement_factor=3)
+    assert service.session_bytes(shape, policy=refined).key_value > 0
+    with pytest.raises(errors.InvalidRequestError) as refused:
+        service.session_bytes(shape, policy=dynsplit.policy("quest", refinement_factor=17))
+    assert refused.value.violations[0].field.endswith("scoring.refinement_factor")
+
+
 def test_advice_is_a_policy_to_pass_on_or_a_no(daemon: Daemon) -> None:
     shape = types_pb2.SequenceShape(
         num_layers=32, num_query_heads=32, num_kv_heads=8, num_tokens=1 << 17, head_dim=128
