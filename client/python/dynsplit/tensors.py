@@ -322,12 +322,8 @@ def from_bytes(data: Array, code: int, shape: tuple[int, ...], like: Any = None)
             device).
         code: wire code of the elements' type.
         shape: of the result.
-        like: a tensor whose kind and device the result takes; None = those of `data`.
+        like: a tensor whose kind and device the result takes; None = numpy.
     """
-    if like is None and is_torch(data):
-        import torch
-
-        return data.view(getattr(torch, _NAME_OF_CODE[code])).reshape(shape)
     if like is None or not is_torch(like):
         host = data.cpu().numpy() if is_torch(data) else data
         return host.view(numpy_dtype(code)).reshape(shape)

@@ -61,9 +61,9 @@ class _Room:
         self._bytes = shared.tensor
         self.place: RegionSlice = shared.place
 
-    def array(self, _dtype: npt.DTypeLike, *shape: int, offset_bytes: int = 0) -> Any:
+    def bytes_at(self, offset_bytes: int, byte_size: int) -> Any:
         """Bytes of the room: torch's on the device, numpy's on the host."""
-        part = self._bytes[offset_bytes : offset_bytes + shape[0]]
+        part = self._bytes[offset_bytes : offset_bytes + byte_size]
         return part if part.is_cuda else part.numpy()
 
 
