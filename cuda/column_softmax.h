@@ -35,7 +35,7 @@ struct ColumnSoftmax {
   bool per_query_head = false;
   float softmax_scale = 0;
   const float* lse = nullptr;  // [W, Hq] natural log of the denominators; null = computed
-  float power = 1;  // of the weights that are summed
+  float power = 1;             // of the weights that are summed
   float factor = 1;
   float* out = nullptr;  // [Hkv, N], or [Hq, N] per query head
 };

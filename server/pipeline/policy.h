@@ -26,7 +26,7 @@ struct SegmentationPolicy {
   int32_t block_size = 20;     // tokens: fixed length, or C of DD-Select
   int32_t max_deviation = 19;  // tokens: Delta of DD-Select, in [0, block_size)
   double balance = 0.9;        // importance against closeness, in [0, 1]
-  std::string profile;        // delimiter profile; empty = the server's default
+  std::string profile;         // delimiter profile; empty = the server's default
 };
 
 struct ScoringPolicy {

@@ -201,7 +201,7 @@ TEST_F(AdviseTest, OwnRequestsChangeTheAnswer) {
   }
   // Other policies under the preset's name, plans and shadows do not count as its requests.
   Script changed = script;
-  changed.begin.mutable_policy()->mutable_segmentation()->set_block_size(20);
+  changed.begin.mutable_policy()->mutable_segmentation()->set_block_size(14);
   EXPECT_TRUE(Compress(changed).status.ok());
 
   v1::AdviseResponse after;

@@ -490,7 +490,7 @@ std::vector<BadCase> PolicyCases() {
       {"BlockSizeTooLarge", kInvalid, "policy.segmentation.block_size",
        policy([](P& p) { p.mutable_segmentation()->set_block_size(4097); })},
       {"DeviationTooLarge", kInvalid, "policy.segmentation.max_deviation",
-       policy([](P& p) { p.mutable_segmentation()->set_max_deviation(14); })},
+       policy([](P& p) { p.mutable_segmentation()->set_max_deviation(20); })},
       {"BalanceOutside", kInvalid, "policy.segmentation.balance",
        policy([](P& p) { p.mutable_segmentation()->set_balance(1.5); })},
       {"UnknownQueryReduction", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
@@ -498,8 +498,7 @@ std::vector<BadCase> PolicyCases() {
        })},
       {"SquaresOfKeyNorms", kInvalid, "policy.scoring.query_reduction", policy([](P& p) {
          p.mutable_scoring()->set_method(v1::Scoring::METHOD_KEY_NORM);
-         p.mutable_scoring()->set_query_reduction(
-             v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE);
+         p.mutable_scoring()->set_query_reduction(v1::Scoring::QUERY_REDUCTION_ROOT_MEAN_SQUARE);
        })},
       {"PoolingEven", kInvalid, "policy.scoring.pooling_kernel",
        policy([](P& p) { p.mutable_scoring()->set_pooling_kernel(4); })},

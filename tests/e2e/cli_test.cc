@@ -145,7 +145,7 @@ TEST_F(CliTest, InspectShowsPeopleWhatIsInTheFile) {
   ASSERT_EQ(Ask({"compress", Sample("code"), "-o", container, "--quiet"}).exit_code, 0);
   const Outcome inspect = Run({"inspect", container});
   EXPECT_EQ(inspect.exit_code, 0) << inspect.err;
-  for (const char* text : {"all checksums right", "1,171 tokens", "dynsplit: dynamic(14±6",
+  for (const char* text : {"all checksums right", "1,171 tokens", "dynsplit: dynamic(20±19",
                            "key_pages", "kept_tokens", "bfloat16"}) {
     EXPECT_TRUE(absl::StrContains(inspect.out, text)) << text << " is not in\n" << inspect.out;
   }

@@ -417,6 +417,7 @@ TEST_F(CompressTest, LayoutsDoNotChangeTheResult) {
 
 TEST_F(CompressTest, QuantizedInputPassesThroughWithItsScales) {
   Script script = MakeScript();
+  script.begin.mutable_policy()->set_scope(v1::SCOPE_LAYER);
   for (int32_t layer = 0; layer < 2; ++layer) {
     for (const bool key : {true, false}) {
       Tensor& data = Find(script, key ? v1::TENSOR_KIND_KEY : v1::TENSOR_KIND_VALUE, layer);

@@ -99,9 +99,7 @@ TEST(CanonicalPolicyTest, TellsAllFieldsApart) {
       [](Policy& p) { p.scoring.pooling_kernel = 7; },
       [](Policy& p) { p.scoring.pooling = ScoringPolicy::Pooling::kMax; },
       [](Policy& p) { p.scoring.block_reduction = ScoringPolicy::BlockReduction::kSum; },
-      [](Policy& p) {
-        p.scoring.query_reduction = ScoringPolicy::QueryReduction::kRootMeanSquare;
-      },
+      [](Policy& p) { p.scoring.query_reduction = ScoringPolicy::QueryReduction::kRootMeanSquare; },
       [](Policy& p) { p.scoring.lse_base_2 = true; },
       [](Policy& p) { p.scoring.softmax_scale = 0.125; },
       [](Policy& p) { p.scoring.refinement_factor = 4; },

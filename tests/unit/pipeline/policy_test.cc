@@ -307,8 +307,7 @@ TEST(PresetsTest, RowsThatOthersJudgeAreWhatTheyClaim) {
   EXPECT_EQ(dynsplit.segmentation.balance, 0.9);
   EXPECT_EQ(dynsplit.scoring.num_window_queries, 16);
   EXPECT_EQ(dynsplit.scoring.pooling_kernel, 1);
-  EXPECT_EQ(dynsplit.scoring.query_reduction,
-            ScoringPolicy::QueryReduction::kRootMeanSquare);
+  EXPECT_EQ(dynsplit.scoring.query_reduction, ScoringPolicy::QueryReduction::kRootMeanSquare);
   EXPECT_EQ(dynsplit.scope, Scope::kLayerHead);
   EXPECT_EQ(dynsplit.protection.num_sink_tokens, 4);
   EXPECT_EQ(dynsplit.protection.num_recent_tokens, 32);

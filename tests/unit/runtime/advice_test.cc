@@ -237,7 +237,7 @@ TEST_F(AdviceTest, ExperienceChangesTheAnswer) {
 }
 
 TEST_F(AdviceTest, ProtectedTokensAndWholePagesAreCounted) {
-  request_.shape.num_tokens = 80;  // 4 sinks and 64 recent ones are kept: 68, in 5 pages of 16
+  request_.shape.num_tokens = 48;  // 4 sinks and 32 recent ones are kept: 36, in 3 pages of 16
   const Advice advice = Ask();
   EXPECT_FALSE(advice.compress);
   EXPECT_EQ(advice.break_even_bytes_per_second, 0) << "as many bytes as came";

@@ -198,7 +198,7 @@ TEST(IsPresetItselfTest, BudgetProfileAndPagesMayDiffer) {
     change(changed);
     return !IsPresetItself(changed);
   };
-  EXPECT_TRUE(differs([](Policy& p) { p.segmentation.block_size = 20; }));
+  EXPECT_TRUE(differs([](Policy& p) { p.segmentation.block_size = 14; }));
   EXPECT_TRUE(differs([](Policy& p) { p.scoring.pooling_kernel = 9; }));
   EXPECT_TRUE(differs([](Policy& p) { p.budget.whole_blocks = true; }));
   EXPECT_TRUE(differs([](Policy& p) { p.encoding.key = EncodingPolicy::Format::kInt8; }));
