@@ -13,8 +13,8 @@
 # folder of its own and leaves in OUT only cases.tar.gz, results.tar.gz (all else), report.md and summary.csv.
 #
 # DEVICE=cuda|cpu (cuda where bin/dynsplitd is). On cuda the engine library is needed (ENGINE, or
-# lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (8; 1 where CUDA's multi-process
-# service, tests/mps.sh, is not to be had) ask SERVERS=n instances of dynsplitd (2; 1), which together may take
+# lib/libdynsplit_engine.so), numbers are bf16, and WORKERS=n processes (1; more go through CUDA's multi-process
+# service, tests/mps.sh, and have been seen to hang) ask SERVERS=n instances of dynsplitd, which together may take
 # SERVER_MEMORY GiB (26) of the device.
 # On a CPU that others use too, OMP_NUM_THREADS=1 keeps torch from waiting for threads that do not run.
 # DYNSPLITD, PYTHON, DATA (root of what pack wrote) and WEIGHTS as in tests/decode.sh, whose pack this
@@ -95,7 +95,7 @@ limits=(--regions=shm) servers=${SERVERS:-1}
 if [ "$device" = cuda ]; then
   engine=${ENGINE:-$PWD/lib/libdynsplit_engine.so}
   [ -f "$engine" ] || { echo "eval.sh: no $engine (ENGINE=path)"; exit 1; }
-  mps_start "$work"
+  [ "${WORKERS:-1}" -gt 1 ] && mps_start "$work"
   workers=${WORKERS:-$( ((mps_running)) && echo 8 || echo 1)}
   servers=${SERVERS:-$( ((mps_running)) && echo 2 || echo 1)}
   memory=${SERVER_MEMORY:-26}
