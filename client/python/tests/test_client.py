@@ -39,7 +39,9 @@ from dynsplit.shared import HostRegion, SharedMemory
 from dynsplit.v1 import compression_pb2_grpc, memory_pb2, types_pb2
 
 LAYERS, Q_HEADS, KV_HEADS, DIM, TOKENS = 3, 4, 2, 16, 320
-POLICY = dynsplit.policy("dynsplit", kept_ratio=0.25, profile="smollm2", num_recent_tokens=8)
+POLICY = dynsplit.policy(
+    "dynsplit", kept_ratio=0.25, profile="smollm2", num_recent_tokens=8, scope="layer"
+)
 _ROOT = Path(__file__).resolve().parents[3]
 
 

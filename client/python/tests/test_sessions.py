@@ -79,7 +79,7 @@ def test_select_chooses_within_the_budget(client: SessionClient) -> None:
     assert chosen.tokens is not None
     assert chosen.tokens.shape == (LAYERS, KV_HEADS, 80)
     assert (np.diff(chosen.tokens, axis=-1) > 0).all()
-    assert np.isin(np.r_[0:4, 288:320], chosen.tokens[1, 1]).all()
+    assert np.isin(np.r_[0:4, 312:320], chosen.tokens[1, 1]).all()
     default = client.select([Step(stored.session_id, _queries())])[0]
     np.testing.assert_array_equal(default.tokens, chosen.tokens)
     part = client.select(
