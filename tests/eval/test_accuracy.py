@@ -284,7 +284,7 @@ def test_a_room_may_be_a_tensor() -> None:
     """As on a device: what was written there is seen in its own type, without a copy."""
     rows = torch.arange(12).view(2, 3, 2).bfloat16()
     room = rows.view(torch.uint8).flatten()
-    found = tensors.from_bytes(room, types_pb2.DTYPE_BFLOAT16, (2, 3, 2))
+    found = tensors.from_bytes(room, types_pb2.DTYPE_BFLOAT16, (2, 3, 2), like=room)
     assert torch.equal(found, rows) and found.data_ptr() == room.data_ptr()
 
 
