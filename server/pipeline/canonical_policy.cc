@@ -112,7 +112,7 @@ std::string SegmentationText(const SegmentationPolicy& policy) {
                       absl::CEscape(policy.profile), "\"}");
 }
 
-// What kPolicyVersion 1 began without is named only where it is set, so that its hashes stay.
+// The refinement is named only where it is set: most policies have none.
 std::string ScoringText(const ScoringPolicy& policy) {
   const std::string refinement =
       policy.refinement_factor == 0 ? ""
